@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+// Package lockproto serves libvirt's lock protocol, program 0x0EA7BEEF version 1: it decodes
+// a call, does it on the table of lockspaces, and words the answer as the C daemon does.
+package lockproto
+
+import (
+	"errors"
+	"log/slog"
+
+	"virtlockd/internal/lockspace"
+	"virtlockd/internal/owner"
+	"virtlockd/internal/rpc"
+	"virtlockd/internal/xdr"
+)
+
+// The program's numbers on the wire.
+const (
+	ProgramID = 0x0EA7BEEF
+	Version   = 1
+)
+
+const (
+	// maxString bounds each name and path of a message, in bytes: the protocol's own limit.
+	maxString = 65536
+	// MaxMessage bounds what is kept of a call, in bytes. The largest valid one has two strings.
+	MaxMessage = 256 << 10
+)
+
+// layout says which arguments a procedure has, in the order of the wire.
+type layout struct{ owner, path, name, flags bool }
+
+// procedure is one call of the protocol.
+type procedure struct {
+	function string // of the C daemon, which an error for unknown flags names
+	layout   layout
+	flags    uint32 // those that it knows
+	anyone   bool   // may be called before REGISTER
+	run      func(p *Program, c *rpc.Client, s *session, a *args) error
+}
+
+// procedures by their number on the wire.
+var procedures = [...]procedure{
+	1: {"Register", layout{owner: true, flags: true}, 0, true, (*Program).register},
+	2: {"Restrict", layout{flags: true}, 0, false, (*Program).restrict},
+	3: {"New", layout{path: true, flags: true}, 0, false, (*Program).addLockspace},
+	4: {"CreateResource", layout{path: true, name: true, flags: true}, 0, false, (*Program).createResource},
+	5: {"DeleteResource", layout{path: true, name: true, flags: true}, 0, false, (*Program).deleteResource},
+	6: {"AcquireResource", layout{path: true, name: true, flags: true}, lockspace.Shared | lockspace.AutoCreate, false, (*Program).acquire},
+	7: {"ReleaseResource", layout{path: true, name: true, flags: true}, 0, false, (*Program).release},
+	8: {"CreateLockSpace", layout{path: true}, 0, true, (*Program).ensureLockspace},
+}
+
+type args struct {
+	owner      owner.Details
+	path, name string
+	flags      uint32
+}
+
+func (l layout) decode(payload []byte) (a args, err error) {
+	d := xdr.NewDecoder(payload)
+	if l.owner {
+		copy(a.owner.UUID[:], d.Fixed(len(a.owner.UUID)))
+		a.owner.Name = d.String(maxString)
+		a.owner.ID = d.Uint32()
+		a.owner.PID = d.Int32()
+	}
+	if l.path {
+		a.path = d.String(maxString)
+	}
+	if l.name {
+		a.name = d.String(maxString)
+	}
+	if l.flags {
+		a.flags = d.Uint32()
+	}
+	if d.Err() != nil {
+		return a, rpc.ErrDecode
+	}
+	return a, nil
+}
+
+// session is what a connection has told us. One goroutine at a time uses it: the one that serves
+// the client.
+type session struct {
+	owner      *owner.Details // nil: not registered
+	self       *owner.Owner   // the owner that is the peer itself, as the kernel says; or nil
+	restricted bool
+	namespace  namespace
+	acquired   lockspace.Request // by the last call, in case its reply can't be delivered
+}
+
+// namespace tells whether the numbers that a client sends are processes of our pid
+// namespace. It costs two system calls, so it is found out once, when it matters.
+type namespace uint8
+
+const (
+	unknown namespace = iota
+	ours
+	foreign
+)
+
+func (s *session) inOurs(c *rpc.Client) bool {
+	if s.namespace == unknown {
+		s.namespace = foreign
+		if owner.InOurPIDNamespace(c.PID()) {
+			s.namespace = ours
+		}
+	}
+	return s.namespace == ours
+}
+
+func (s *session) request(c *rpc.Client, a *args) lockspace.Request {
+	return lockspace.Request{Lockspace: a.path, Resource: a.name, Flags: a.flags, Client: c}
+}
+
+// Config of a Program.
+type Config struct {
+	Table  *lockspace.Table
+	Owners *owner.Registry
+	Logger *slog.Logger
+}
+
+// Program is an rpc.Program.
+type Program struct{ cfg Config }
+
+var _ rpc.Program = (*Program)(nil)
+
+// New returns the program on a table.
+func New(cfg Config) *Program { return &Program{cfg: cfg} }
+
+// ID implements rpc.Program.
+func (p *Program) ID() (program, version uint32) { return ProgramID, Version }
+
+// Call implements rpc.Program. The order of the checks is part of the protocol: arguments, unknown
+// flags, restriction, registration, lockspace. No procedure returns anything but success.
+func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, error) {
+	if proc == 0 || proc >= uint32(len(procedures)) {
+		return out, rpc.ErrNoProc
+	}
+	s, _ := c.Session.(*session)
+	if s == nil {
+		s = new(session)
+		c.Session = s
+	}
+	s.acquired = lockspace.Request{}
+	pr := &procedures[proc]
+	a, err := pr.layout.decode(payload)
+	if err == nil {
+		err = s.admit(pr, a.flags)
+	}
+	if err == nil {
+		err = pr.run(p, c, s, &a)
+	}
+	if err != nil {
+		wire := wireError(err, &a)
+		p.log(s, &a, err, wire)
+		return out, wire
+	}
+	return out, nil
+}
+
+func (s *session) admit(pr *procedure, flags uint32) error {
+	switch {
+	case flags&^pr.flags != 0:
+		return rpc.BadFlags("virLockSpaceProtocolDispatch"+pr.function, rpc.DomainRPC, flags&^pr.flags)
+	case s.restricted:
+		return errRestricted
+	case s.owner == nil && !pr.anyone:
+		return errNotRegistered
+	}
+	return nil
+}
+
+// register names the owner for whom the connection speaks: its own process, or, from libvirtd,
+// any guest's. It may be called again. As with the C daemon a zero id registers nobody.
+func (p *Program) register(c *rpc.Client, s *session, a *args) error {
+	if a.owner.ID == 0 {
+		return errNotRegistered
+	}
+	var self *owner.Owner
+	if a.owner.PID > 0 && a.owner.PID == c.PID() {
+		pidfd, err := c.PeerPIDFD()
+		if err != nil {
+			return err
+		}
+		if self, err = p.cfg.Owners.Self(&a.owner, pidfd); err != nil {
+			return err
+		}
+	}
+	s.forget()
+	s.owner, s.self = &a.owner, self
+	return nil
+}
+
+// forget drops the registration. Locks of the owner stay.
+func (s *session) forget() {
+	if s.self != nil {
+		s.self.Release()
+	}
+	s.owner, s.self = nil, nil
+}
+
+func (p *Program) restrict(_ *rpc.Client, s *session, _ *args) error {
+	s.restricted = true
+	return nil
+}
+
+func (p *Program) addLockspace(_ *rpc.Client, _ *session, a *args) error {
+	return p.cfg.Table.Add(a.path)
+}
+
+// ensureLockspace is what libvirtd calls at its start for each configured directory.
+func (p *Program) ensureLockspace(_ *rpc.Client, _ *session, a *args) error {
+	if p.cfg.Table.Lookup(a.path) == nil {
+		return nil
+	}
+	err := p.cfg.Table.Add(a.path)
+	if errors.Is(err, lockspace.ErrExists) {
+		return nil
+	}
+	return err
+}
+
+func (p *Program) createResource(c *rpc.Client, s *session, a *args) error {
+	return p.cfg.Table.Create(s.request(c, a))
+}
+
+func (p *Program) deleteResource(c *rpc.Client, s *session, a *args) error {
+	return p.cfg.Table.Delete(s.request(c, a))
+}
+
+func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
+	req := s.request(c, a)
+	req.Owner = s.self
+	if req.Owner == nil {
+		named, err := p.cfg.Owners.Named(s.owner, s.inOurs(c))
+		if err != nil {
+			return err
+		}
+		defer named.Release() // the lock has its own reference
+		req.Owner = named
+	}
+	if err := p.cfg.Table.Acquire(req); err != nil {
+		return err
+	}
+	s.acquired = req
+	return nil
+}
+
+func (p *Program) release(c *rpc.Client, s *session, a *args) error {
+	return p.cfg.Table.Release(s.request(c, a), s.owner.PID, s.speaksForOurs(c))
+}
+
+// speaksForOurs tells whether the client may give up locks of processes that we can see. It is
+// asked for a number that we know nothing of as well, so it costs nothing for the owner itself.
+func (s *session) speaksForOurs(c *rpc.Client) bool {
+	return s.self != nil || s.inOurs(c)
+}
+
+// Undo implements rpc.Program: the client went away before it could hear of its lock, so nobody
+// knows that it is held.
+func (p *Program) Undo(c *rpc.Client) {
+	s, _ := c.Session.(*session)
+	if s == nil || s.acquired.Owner == nil {
+		return
+	}
+	req := s.acquired
+	s.acquired = lockspace.Request{}
+	req.Client = nil
+	if err := p.cfg.Table.Release(req, s.owner.PID, true); err != nil {
+		p.cfg.Logger.Debug("an acquisition without client was released by somebody else first", "error", err)
+	} else {
+		p.cfg.Logger.Info("an acquisition was undone: its client has gone", "lockspace", req.Lockspace, "resource", req.Resource, "", s.owner)
+	}
+}
+
+// Closed implements rpc.Program. The hang-up of a guest's own connection is the sign that it ends; a
+// connection that we close is never taken for one.
+func (p *Program) Closed(c *rpc.Client, byPeer bool) {
+	s, _ := c.Session.(*session)
+	if s == nil {
+		return
+	}
+	if byPeer && s.self != nil && p.cfg.Table.Holds(s.self) {
+		p.cfg.Owners.HangUp(s.self)
+	}
+	s.forget()
+}

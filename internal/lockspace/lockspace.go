@@ -1,0 +1,574 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+// Package lockspace is the core: which owner holds which resource, in which mode.
+//
+// A lockspace is a directory of lease files, or the default one, in which a resource is named by
+// its path. A resource that is held has a lock on its file, taken and given up by a Locker. The
+// table's mutex is never held over a system call: a resource whose file is being worked on is in
+// a state of its own (acquiring, releasing), and only requests for that very resource wait.
+package lockspace
+
+import (
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+
+	"virtlockd/internal/filelock"
+	"virtlockd/internal/owner"
+)
+
+// Flags of an acquisition, with the values of the wire.
+const (
+	Shared     = 1 << 0 // several owners that all say so may hold the resource
+	AutoCreate = 1 << 1 // the lease file is made, and removed with the last release
+)
+
+const (
+	// Neither has a limit in the C daemon; a client in a loop must find one.
+	maxLockspaces = 1 << 16
+	maxHolders    = 1 << 16 // of one shared resource
+)
+
+// A Locker takes locks on files. *filelock.Files is the one for the disks of this host.
+type Locker interface {
+	Lock(path string, mode filelock.Mode, create bool) (*filelock.Lock, error)
+	MakeDir(path string) error
+	Create(path string) error
+	Delete(path string, held func(filelock.FileID) bool) error
+}
+
+// Config of a Table.
+type Config struct {
+	Locker Locker
+	Logger *slog.Logger
+	// Changed is called after the number of resources held has become zero, or ceased to be.
+	Changed func()
+}
+
+// state of a resource. One that is not in the table is free.
+type state uint8
+
+const (
+	acquiring state = iota // its lock is being taken, or it is being deleted
+	held
+	releasing
+)
+
+// resource is one name in one lockspace. All fields are owned by Table.mu, but a resource that
+// is acquiring or releasing belongs to the goroutine that made it so.
+type resource struct {
+	space   *space
+	name    string
+	flags   uint32 // of the first acquisition
+	state   state
+	lock    *filelock.Lock
+	holders []*owner.Owner // an owner that acquired twice is listed twice
+	settled chan struct{}  // made by the first that waits for the end of a state, closed then
+	alias   *resource      // next in Table.files: another name of the same file
+}
+
+func (r *resource) shared() bool { return r.flags&Shared != 0 }
+
+type space struct {
+	dir       string // "": the default lockspace
+	resources map[string]*resource
+}
+
+// path of a resource's file. Exactly the C daemon's join, so that both mean the same file.
+func (s *space) path(name string) string {
+	if s.dir == "" {
+		return name
+	}
+	return s.dir + "/" + name
+}
+
+// Table holds all lockspaces.
+type Table struct {
+	cfg Config
+
+	mu      sync.Mutex
+	spaces  map[string]*space
+	files   map[filelock.FileID]*resource // held ones by their file, see resource.alias
+	byOwner map[*owner.Owner][]*resource  // held ones, once for each entry in holders
+	held    int                           // names held
+	settles sync.Cond                     // signalled when a state ends, for Close
+	busy    int                           // resources acquiring or releasing
+}
+
+// New returns a table with the default lockspace.
+func New(cfg Config) *Table {
+	t := &Table{
+		cfg:     cfg,
+		spaces:  map[string]*space{"": {resources: map[string]*resource{}}},
+		files:   map[filelock.FileID]*resource{},
+		byOwner: map[*owner.Owner][]*resource{},
+	}
+	t.settles.L = &t.mu
+	return t
+}
+
+// Held returns how many resources are held.
+func (t *Table) Held() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.held
+}
+
+// Lookup returns ErrNoLockspace if there is none at path. "" always exists.
+func (t *Table) Lookup(path string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.spaces[path] == nil {
+		return &Error{Op: "use", Lockspace: path, Err: ErrNoLockspace}
+	}
+	return nil
+}
+
+// Add makes a lockspace of a directory, which is made with its parents where it is missing.
+// Lockspaces are told apart by their exact spelling, and live as long as the table.
+//
+// Errors: ErrExists, ErrDefaultExists, ErrTooMany, or why there is no directory.
+func (t *Table) Add(dir string) error {
+	fail := func(err error) error { return &Error{Op: "new", Lockspace: dir, Path: dir, Err: err} }
+	if dir == "" {
+		return fail(ErrDefaultExists)
+	}
+	room := func() error {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.spaces[dir] != nil {
+			return ErrExists
+		}
+		if len(t.spaces) >= maxLockspaces {
+			return ErrTooMany
+		}
+		return nil
+	}
+	if err := room(); err != nil {
+		return fail(err)
+	}
+	if err := t.cfg.Locker.MakeDir(dir); err != nil {
+		return fail(err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.spaces[dir] != nil {
+		return fail(ErrExists)
+	}
+	t.spaces[dir] = &space{dir: dir, resources: map[string]*resource{}}
+	return nil
+}
+
+// Request is one client's wish for a resource.
+type Request struct {
+	Lockspace string
+	Resource  string
+	Flags     uint32
+	Owner     *owner.Owner // Acquire: for whom
+	Client    Client       // who asks; nil waits for ever
+}
+
+// A Client waits for the answer to a request.
+type Client interface {
+	// Done is closed when it does not wait any more.
+	Done() <-chan struct{}
+}
+
+// settle waits, with t.mu held, until r's state has ended. It returns ErrGone when the client
+// did not wait that long. The caller looks everything up anew.
+func (t *Table) settle(r *resource, c Client) error {
+	var gone <-chan struct{}
+	if c != nil {
+		gone = c.Done()
+	}
+	if r.settled == nil {
+		r.settled = make(chan struct{})
+	}
+	settled := r.settled
+	t.mu.Unlock()
+	defer t.mu.Lock()
+	select {
+	case <-settled:
+		return nil
+	case <-gone:
+		return ErrGone
+	}
+}
+
+// begin puts a resource into a state that ends with end. t.mu is held.
+func (t *Table) begin(r *resource, s state) {
+	r.state = s
+	t.busy++
+}
+
+func (t *Table) end(r *resource) {
+	t.busy--
+	if r.settled != nil {
+		close(r.settled)
+		r.settled = nil
+	}
+	t.settles.Broadcast()
+}
+
+// find returns the settled resource of that name, or nil, with its lockspace. t.mu is held.
+func (t *Table) find(req *Request) (*space, *resource, error) {
+	for {
+		s := t.spaces[req.Lockspace]
+		if s == nil {
+			return nil, nil, ErrNoLockspace
+		}
+		r := s.resources[req.Resource]
+		if r == nil || r.state == held {
+			return s, r, nil
+		}
+		if err := t.settle(r, req.Client); err != nil {
+			return nil, nil, err
+		}
+	}
+}
+
+// Acquire takes a resource for an owner, or returns at once when it is held otherwise.
+//
+//	name free?  no: shared with shared, else ErrLocked
+//	open, lock  by the Locker; the kernel refuses other hosts, other programs and other names of
+//	            the same inode
+//	same file?  held by us under another name that the kernel cannot know (a second device
+//	            node, a POSIX lock): shared with shared, else ErrLocked
+//
+// Errors: ErrNoLockspace, ErrLocked, ErrOwnerEnded, ErrEscapes, ErrTooMany, ErrGone, or the Locker's.
+func (t *Table) Acquire(req Request) error {
+	path, err := t.acquire(&req)
+	if err != nil {
+		return &Error{Op: "acquire", Lockspace: req.Lockspace, Resource: req.Resource, Path: path, Err: err}
+	}
+	return nil
+}
+
+func (t *Table) acquire(req *Request) (path string, err error) {
+	t.mu.Lock()
+	s, r, err := t.find(req)
+	if err != nil {
+		t.mu.Unlock()
+		return "", err
+	}
+	path = s.path(req.Resource)
+	if r != nil {
+		defer t.mu.Unlock()
+		return path, t.join(r, req)
+	}
+	if s.dir != "" && escapes(req.Resource) {
+		t.mu.Unlock()
+		return path, ErrEscapes
+	}
+	r = &resource{space: s, name: req.Resource, flags: req.Flags}
+	t.begin(r, acquiring)
+	s.resources[r.name] = r
+	t.mu.Unlock()
+
+	mode := filelock.Exclusive
+	if r.shared() {
+		mode = filelock.Shared
+	}
+	lock, err := t.cfg.Locker.Lock(path, mode, r.flags&AutoCreate != 0)
+
+	t.mu.Lock()
+	if err == nil {
+		r.lock = lock
+		if err = t.admissible(r, req.Owner); err == nil {
+			t.hold(r, req.Owner)
+			t.end(r)
+			t.changed(1)
+			return path, nil
+		}
+		// The lock is not kept: whoever holds the file under another name stays its only owner.
+		r.state = releasing
+		t.mu.Unlock()
+		t.release(r)
+		t.mu.Lock()
+	}
+	delete(s.resources, r.name)
+	t.end(r)
+	t.mu.Unlock()
+	return path, err
+}
+
+// escapes tells whether a name leads out of the directory it is joined to. Links inside the
+// directory are its owner's business.
+func escapes(name string) bool {
+	return slices.Contains(strings.Split(name, "/"), "..")
+}
+
+// join adds an owner to a resource that is held. t.mu is held.
+func (t *Table) join(r *resource, req *Request) error {
+	switch {
+	case !r.shared() || req.Flags&Shared == 0:
+		return ErrLocked
+	case req.Owner.Dead():
+		return ErrOwnerEnded
+	case len(r.holders) >= maxHolders:
+		return ErrTooMany
+	}
+	t.addHolder(r, req.Owner)
+	return nil
+}
+
+// admissible tells why a lock just taken can't be kept. t.mu is held.
+func (t *Table) admissible(r *resource, o *owner.Owner) error {
+	if o.Dead() {
+		return ErrOwnerEnded
+	}
+	for other := t.files[r.lock.ID()]; other != nil; other = other.alias {
+		if !r.shared() || !other.shared() {
+			return ErrLocked
+		}
+	}
+	return nil
+}
+
+// hold enters a resource whose lock was taken. t.mu is held.
+func (t *Table) hold(r *resource, o *owner.Owner) {
+	r.state = held
+	id := r.lock.ID()
+	r.alias = t.files[id]
+	t.files[id] = r
+	t.addHolder(r, o)
+	t.held++
+}
+
+func (t *Table) addHolder(r *resource, o *owner.Owner) {
+	o.Retain()
+	r.holders = append(r.holders, o)
+	t.byOwner[o] = append(t.byOwner[o], r)
+}
+
+// dropHolder removes the i-th entry of r's holders. t.mu is held.
+func (t *Table) dropHolder(r *resource, i int) {
+	o := r.holders[i]
+	r.holders = slices.Delete(r.holders, i, i+1)
+	of := t.byOwner[o]
+	j := slices.Index(of, r)
+	of[j] = of[len(of)-1]
+	of[len(of)-1] = nil
+	if of = of[:len(of)-1]; len(of) == 0 {
+		delete(t.byOwner, o)
+	} else {
+		t.byOwner[o] = of
+	}
+	o.Release()
+}
+
+// unlist takes a resource whose lock is about to be given up out of the index of files. Until
+// then nobody else gets the file: in the kernel it is still locked. t.mu is held.
+func (t *Table) unlist(r *resource) {
+	id := r.lock.ID()
+	at := t.files[id]
+	if at == r {
+		if r.alias == nil {
+			delete(t.files, id)
+		} else {
+			t.files[id] = r.alias
+		}
+	} else {
+		for at.alias != r {
+			at = at.alias
+		}
+		at.alias = r.alias
+	}
+	r.alias = nil
+}
+
+// Release gives up one hold of the owner with that pid. local says that the client is in our pid
+// namespace; one that is not names other processes by the same numbers, so it reaches
+// only locks of unverified owners.
+//
+// Errors: ErrNoLockspace, ErrNotLocked, ErrNotOwner, ErrGone.
+func (t *Table) Release(req Request, pid int32, local bool) error {
+	if err := t.releaseOne(&req, pid, local); err != nil {
+		return &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
+	}
+	return nil
+}
+
+func (t *Table) releaseOne(req *Request, pid int32, local bool) error {
+	t.mu.Lock()
+	_, r, err := t.find(req)
+	if err == nil && r == nil {
+		err = ErrNotLocked
+	}
+	if err != nil {
+		t.mu.Unlock()
+		return err
+	}
+	i := slices.IndexFunc(r.holders, func(o *owner.Owner) bool {
+		return o.PID == pid && (local || o.Kind() == owner.Unverified)
+	})
+	if i < 0 {
+		t.mu.Unlock()
+		return ErrNotOwner
+	}
+	t.dropHolder(r, i)
+	if len(r.holders) > 0 {
+		t.mu.Unlock()
+		return nil
+	}
+	t.begin(r, releasing)
+	t.mu.Unlock()
+	t.giveUp(r)
+	return nil
+}
+
+// giveUp ends a resource without holders that is in state releasing.
+func (t *Table) giveUp(r *resource) {
+	t.release(r)
+	t.mu.Lock()
+	t.unlist(r)
+	delete(r.space.resources, r.name)
+	t.held--
+	t.end(r)
+	t.changed(0)
+}
+
+// release gives the file's lock up and removes a lease file of ours.
+func (t *Table) release(r *resource) {
+	lease := ""
+	if r.flags&AutoCreate != 0 {
+		lease = r.space.path(r.name)
+	}
+	if err := r.lock.Release(lease); err != nil {
+		t.cfg.Logger.Warn("the resource was released, but its lease file could not be removed",
+			"path", lease, "error", err)
+	}
+}
+
+// changed unlocks t.mu and reports when the number of resources held has just become n.
+func (t *Table) changed(n int) {
+	report := t.held == n && t.cfg.Changed != nil
+	t.mu.Unlock()
+	if report {
+		t.cfg.Changed()
+	}
+}
+
+// Holds tells whether the owner holds anything.
+func (t *Table) Holds(o *owner.Owner) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.byOwner[o]) > 0
+}
+
+// ReleaseOwner gives up all that an owner holds, because its process has ended. A lock on a
+// disk that hangs delays none of the others.
+func (t *Table) ReleaseOwner(o *owner.Owner) {
+	t.mu.Lock()
+	var last []*resource
+	for len(t.byOwner[o]) > 0 {
+		r := t.byOwner[o][0]
+		t.cfg.Logger.Info("lock released: its owner has ended", "path", r.space.path(r.name), "", o.Details())
+		t.dropHolder(r, slices.Index(r.holders, o))
+		if len(r.holders) == 0 {
+			t.begin(r, releasing)
+			last = append(last, r)
+		}
+	}
+	t.mu.Unlock()
+	t.giveUpAll(last)
+}
+
+// giveUpAll gives up local locks one after the other and remote ones side by side.
+func (t *Table) giveUpAll(rs []*resource) {
+	var remote sync.WaitGroup
+	for _, r := range rs {
+		if r.lock.Remote() {
+			remote.Go(func() { t.giveUp(r) })
+		}
+	}
+	for _, r := range rs {
+		if !r.lock.Remote() {
+			t.giveUp(r)
+		}
+	}
+	remote.Wait()
+}
+
+// Create makes a resource's file. One that is there already is fine and stays as it is.
+//
+// Errors: ErrNoLockspace, ErrLocked (held in this lockspace under this name), ErrEscapes, ErrGone,
+// or the Locker's.
+func (t *Table) Create(req Request) error {
+	return t.onFile("create", &req, t.cfg.Locker.Create)
+}
+
+// Delete removes a resource's file. One that is not there is fine.
+//
+// Errors: as for Create; ErrLocked also where we hold the file under another name.
+func (t *Table) Delete(req Request) error {
+	return t.onFile("delete", &req, func(path string) error {
+		return t.cfg.Locker.Delete(path, func(id filelock.FileID) bool {
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			return t.files[id] != nil
+		})
+	})
+}
+
+// onFile does something with the file of a resource that nobody holds; meanwhile nobody can acquire it.
+func (t *Table) onFile(op string, req *Request, do func(path string) error) error {
+	fail := func(path string, err error) error {
+		return &Error{Op: op, Lockspace: req.Lockspace, Resource: req.Resource, Path: path, Err: err}
+	}
+	t.mu.Lock()
+	s, r, err := t.find(req)
+	if err != nil {
+		t.mu.Unlock()
+		return fail("", err)
+	}
+	path := s.path(req.Resource)
+	if r != nil || s.dir != "" && escapes(req.Resource) {
+		t.mu.Unlock()
+		if r != nil {
+			return fail(path, ErrLocked)
+		}
+		return fail(path, ErrEscapes)
+	}
+	r = &resource{space: s, name: req.Resource}
+	t.begin(r, acquiring)
+	s.resources[r.name] = r
+	t.mu.Unlock()
+
+	err = do(path)
+
+	t.mu.Lock()
+	delete(s.resources, r.name)
+	t.end(r)
+	t.mu.Unlock()
+	if err != nil {
+		return fail(path, err)
+	}
+	return nil
+}
+
+// Close gives up everything, because the daemon is told to stop: one log line for each lock.
+// Call it when no request can come any more. It waits for what is under way.
+func (t *Table) Close() {
+	t.mu.Lock()
+	for t.busy > 0 {
+		t.settles.Wait()
+	}
+	var all []*resource
+	for _, s := range t.spaces {
+		for _, r := range s.resources {
+			for _, o := range r.holders {
+				t.cfg.Logger.Warn("lock given up because the daemon stops; the guest goes on without protection",
+					"path", s.path(r.name), "", o.Details())
+			}
+			for len(r.holders) > 0 {
+				t.dropHolder(r, 0)
+			}
+			t.begin(r, releasing)
+			all = append(all, r)
+		}
+	}
+	t.mu.Unlock()
+	t.giveUpAll(all)
+}
