@@ -7,6 +7,7 @@ package lockproto
 import (
 	"errors"
 	"log/slog"
+	"sync/atomic"
 
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
@@ -80,11 +81,11 @@ func (l layout) decode(payload []byte) (a args, err error) {
 	return a, nil
 }
 
-// session is what a connection has told us. One goroutine at a time uses it: the one that serves
-// the client.
+// session is what a connection has told us. One goroutine at a time uses it, the one that serves
+// the client, but for self, which others may look at.
 type session struct {
-	owner      *owner.Details // nil: not registered
-	self       *owner.Owner   // the owner that is the peer itself, as the kernel says; or nil
+	owner      *owner.Details              // nil: not registered
+	self       atomic.Pointer[owner.Owner] // the owner that is the peer itself, as the kernel says; or nil
 	restricted bool
 	namespace  namespace
 	acquired   lockspace.Request // by the last call, in case its reply can't be delivered
@@ -124,7 +125,10 @@ type Config struct {
 // Program is an rpc.Program.
 type Program struct{ cfg Config }
 
-var _ rpc.Program = (*Program)(nil)
+var (
+	_ rpc.Program = (*Program)(nil)
+	_ rpc.Opener  = (*Program)(nil)
+)
 
 // New returns the program on a table.
 func New(cfg Config) *Program { return &Program{cfg: cfg} }
@@ -132,17 +136,16 @@ func New(cfg Config) *Program { return &Program{cfg: cfg} }
 // ID implements rpc.Program.
 func (p *Program) ID() (program, version uint32) { return ProgramID, Version }
 
+// Opened implements rpc.Opener.
+func (p *Program) Opened(c *rpc.Client) { c.Session = new(session) }
+
 // Call implements rpc.Program. The order of the checks is part of the protocol: arguments, unknown
 // flags, restriction, registration, lockspace. No procedure returns anything but success.
 func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, error) {
 	if proc == 0 || proc >= uint32(len(procedures)) {
 		return out, rpc.ErrNoProc
 	}
-	s, _ := c.Session.(*session)
-	if s == nil {
-		s = new(session)
-		c.Session = s
-	}
+	s := c.Session.(*session)
 	s.acquired = lockspace.Request{}
 	pr := &procedures[proc]
 	a, err := pr.layout.decode(payload)
@@ -189,16 +192,17 @@ func (p *Program) register(c *rpc.Client, s *session, a *args) error {
 		}
 	}
 	s.forget()
-	s.owner, s.self = &a.owner, self
+	s.owner = &a.owner
+	s.self.Store(self)
 	return nil
 }
 
 // forget drops the registration. Locks of the owner stay.
 func (s *session) forget() {
-	if s.self != nil {
-		s.self.Release()
+	if self := s.self.Swap(nil); self != nil {
+		self.Release()
 	}
-	s.owner, s.self = nil, nil
+	s.owner = nil
 }
 
 func (p *Program) restrict(_ *rpc.Client, s *session, _ *args) error {
@@ -232,7 +236,7 @@ func (p *Program) deleteResource(c *rpc.Client, s *session, a *args) error {
 
 func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
 	req := s.request(c, a)
-	req.Owner = s.self
+	req.Owner = s.self.Load()
 	if req.Owner == nil {
 		named, err := p.cfg.Owners.Named(s.owner, s.inOurs(c))
 		if err != nil {
@@ -255,14 +259,14 @@ func (p *Program) release(c *rpc.Client, s *session, a *args) error {
 // speaksForOurs tells whether the client may give up locks of processes that we can see. It is
 // asked for a number that we know nothing of as well, so it costs nothing for the owner itself.
 func (s *session) speaksForOurs(c *rpc.Client) bool {
-	return s.self != nil || s.inOurs(c)
+	return s.self.Load() != nil || s.inOurs(c)
 }
 
 // Undo implements rpc.Program: the client went away before it could hear of its lock, so nobody
 // knows that it is held.
 func (p *Program) Undo(c *rpc.Client) {
-	s, _ := c.Session.(*session)
-	if s == nil || s.acquired.Owner == nil {
+	s := c.Session.(*session)
+	if s.acquired.Owner == nil {
 		return
 	}
 	req := s.acquired
@@ -278,12 +282,18 @@ func (p *Program) Undo(c *rpc.Client) {
 // Closed implements rpc.Program. The hang-up of a guest's own connection is the sign that it ends; a
 // connection that we close is never taken for one.
 func (p *Program) Closed(c *rpc.Client, byPeer bool) {
-	s, _ := c.Session.(*session)
-	if s == nil {
-		return
-	}
-	if byPeer && s.self != nil && p.cfg.Table.Holds(s.self) {
-		p.cfg.Owners.HangUp(s.self)
+	s := c.Session.(*session)
+	if self := s.self.Load(); byPeer && self != nil && p.cfg.Table.Holds(self) {
+		p.cfg.Owners.HangUp(self)
 	}
 	s.forget()
+}
+
+// Guards returns whose locks end, with the guest, if the client hangs up: the owner that connected
+// itself and holds something. It is nil for every other client.
+func (p *Program) Guards(c *rpc.Client) *owner.Details {
+	if self := c.Session.(*session).self.Load(); self != nil && !self.Dead() && p.cfg.Table.Holds(self) {
+		return self.Details()
+	}
+	return nil
 }
