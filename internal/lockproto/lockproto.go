@@ -292,7 +292,11 @@ func (p *Program) Closed(c *rpc.Client, byPeer bool) {
 // Guards returns whose locks end, with the guest, if the client hangs up: the owner that connected
 // itself and holds something. It is nil for every other client.
 func (p *Program) Guards(c *rpc.Client) *owner.Details {
-	if self := c.Session.(*session).self.Load(); self != nil && !self.Dead() && p.cfg.Table.Holds(self) {
+	s, ok := c.Session.(*session)
+	if !ok { // a client of another program
+		return nil
+	}
+	if self := s.self.Load(); self != nil && !self.Dead() && p.cfg.Table.Holds(self) {
 		return self.Details()
 	}
 	return nil
