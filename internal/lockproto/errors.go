@@ -33,8 +33,8 @@ var (
 // wireError words an error as the C daemon does. Where it has no such error, the code is the
 // nearest that libvirt has.
 func wireError(err error, a *args) error {
-	if wire := (*rpc.Error)(nil); errors.As(err, &wire) || errors.Is(err, rpc.ErrDecode) {
-		return err
+	if wire := (*rpc.Error)(nil); errors.As(err, &wire) {
+		return wire
 	}
 	fail := func(code int32, template, format string, v ...any) error {
 		return rpc.Ordinary(code, rpc.DomainLockspace, template, fmt.Sprintf(format, v...))

@@ -149,10 +149,10 @@ func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte,
 	s.acquired = lockspace.Request{}
 	pr := &procedures[proc]
 	a, err := pr.layout.decode(payload)
-	if err == nil {
-		err = s.admit(pr, a.flags)
+	if err != nil {
+		return out, err // the server words and logs it
 	}
-	if err == nil {
+	if err = s.admit(pr, a.flags); err == nil {
 		err = pr.run(p, c, s, &a)
 	}
 	if err != nil {
