@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package filelock
+
+import (
+	"fmt"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Lock is one held lock. It has one owner, who calls Release exactly once.
+type Lock struct {
+	files  *Files
+	id     FileID
+	path   string  // as given, for logs
+	mount  string  // whom a worker works for; "" if it is direct
+	holder *worker // whose process has the lock: only POSIX ones on remote files
+	fd     int32   // the locked file, or the cell that it lies in
+	mode   Mode
+	kind   Kind
+}
+
+// ID returns the identity of the locked file.
+func (l *Lock) ID() FileID { return l.id }
+
+// Kind returns the kind of the kernel's lock.
+func (l *Lock) Kind() Kind { return l.kind }
+
+// Remote reports whether workers work on the file, since it isn't on a known
+// local file system. Then no descriptor of it is in this process.
+func (l *Lock) Remote() bool { return l.mount != "" }
+
+// Lock opens the file at path and locks its byte 0, without waiting for
+// anybody who holds it. With create the file is made if it is missing (mode
+// 0600 less the umask), and the lock is on the file that is at path once it
+// is held: whoever removes a lease file locks it first.
+//
+// Errors are of type *Error: OpOpen with the errno of open(2), OpLock with
+// ErrLocked or the errno of fcntl(2), OpStore or OpWorker.
+func (f *Files) Lock(path string, mode Mode, create bool) (*Lock, error) {
+	o := f.begin("lock", path)
+	defer f.end(o)
+	abs, errno := f.absolute(path)
+	if errno != 0 {
+		return nil, &Error{OpOpen, path, errno}
+	}
+	l := &Lock{files: f, path: path, fd: -1, mode: mode}
+	var (
+		failed error
+		device string
+	)
+	mount, ok, err := f.direct(o, abs, true, func(path string) (out outcome) {
+		out, device, failed = l.lockDirect(o, path, create)
+		return out
+	})
+	switch {
+	case err != nil:
+		failed = &Error{OpOpen, path, err}
+	case !ok:
+		if device != "" {
+			mount = device
+		}
+		failed = l.lockRemote(o, mount, abs, create)
+	case l.kind == POSIX:
+		f.warnOnce(mount, "no open file description locks there; with POSIX locks a crash of this daemon gives them up")
+	}
+	if failed != nil {
+		return nil, failed
+	}
+	return l, nil
+}
+
+// lockDirect tries it in this process. device names the block device that
+// must not be opened here.
+func (l *Lock) lockDirect(o *op, path string, create bool) (out outcome, device string, err error) {
+	dir, errno := o.openDir(path)
+	if errno != 0 {
+		return linkOrDone(errno), "", &Error{OpOpen, l.path, errno}
+	}
+	defer unix.Close(dir)
+	for range 1000 {
+		var fd int
+		fd, out, device, err = l.openDirect(o, dir, create)
+		if out != done || err != nil {
+			return out, device, err
+		}
+		info, errno := o.fstat(fd)
+		if errno != 0 {
+			unix.Close(fd)
+			return done, "", &Error{OpOpen, l.path, errno}
+		}
+		l.id = info.id
+		if errno = l.take(o, fd); errno != 0 {
+			return done, "", l.lockError(errno)
+		}
+		if create {
+			// Whoever held the lock before may have removed the name.
+			if now, errno := o.statAt(dir); errno != 0 || now.id != l.id {
+				l.giveUp(o, nil)
+				continue
+			}
+		}
+		return done, "", nil
+	}
+	return done, "", &Error{OpOpen, l.path, fmt.Errorf("it is replaced all the time: %w", unix.EAGAIN)}
+}
+
+// openDirect opens the file that is split in the scratch, in its directory.
+func (l *Lock) openDirect(o *op, dir int, create bool) (fd int, out outcome, device string, err error) {
+	var errno syscall.Errno
+	for range 1000 {
+		if create {
+			// A new one can't be a device, nor a link.
+			if fd, errno = o.openAt(dir, unix.O_CREAT|unix.O_EXCL); errno != unix.EEXIST {
+				break
+			}
+		}
+		// To open a device may take for ever, so look first.
+		var info fileInfo
+		if info, errno = o.statAt(dir); errno == 0 {
+			switch info.kind() {
+			case unix.S_IFLNK:
+				return -1, atLink, "", nil
+			case unix.S_IFBLK:
+				return -1, toWorker, deviceName(info.rdev), nil
+			case unix.S_IFCHR:
+				if unix.Major(info.rdev) != memMajor {
+					return -1, toWorker, "", nil
+				}
+			}
+			if l.files.posix.conflicts(info.id, l.mode) {
+				return -1, done, "", l.lockError(unix.EAGAIN)
+			}
+			if fd, errno = o.openAt(dir, 0); errno == unix.ELOOP {
+				return -1, atLink, "", nil
+			}
+		}
+		if errno != unix.ENOENT || !create {
+			break
+		}
+	}
+	if errno != 0 {
+		return -1, done, "", &Error{OpOpen, l.path, errno}
+	}
+	return fd, done, "", nil
+}
+
+// memMajor is the major number of /dev/null, /dev/zero and their like.
+const memMajor = 1
+
+func deviceName(rdev uint64) string {
+	return fmt.Sprintf("block device %d:%d", unix.Major(rdev), unix.Minor(rdev))
+}
+
+// take locks fd. After an error fd is gone.
+func (l *Lock) take(o *op, fd int) syscall.Errno {
+	errno := o.setLock(fd, unix.F_OFD_SETLK, lockType(l.mode))
+	switch errno {
+	case 0:
+		l.kind = OFD
+	case unix.EINVAL:
+		l.kind = POSIX
+		errno = l.files.posix.lock(&o.scratch, l.id, fd, l.mode)
+	default:
+		unix.Close(fd)
+	}
+	if errno == 0 {
+		l.fd = int32(fd)
+	}
+	return errno
+}
+
+func (l *Lock) lockError(errno syscall.Errno) error {
+	if refused(errno) {
+		return &Error{OpLock, l.path, ErrLocked}
+	}
+	return &Error{OpLock, l.path, errno}
+}
+
+// giveUp gives up a direct lock. unlink, if not nil, is called before, while
+// the lock is exclusive, or not at all.
+func (l *Lock) giveUp(o *op, unlink func() error) (err error) {
+	if l.kind == POSIX {
+		err = l.files.posix.release(&o.scratch, l.id, int(l.fd), unlink)
+	} else {
+		if unlink != nil && (l.mode == Exclusive || o.setLock(int(l.fd), unix.F_OFD_SETLK, unix.F_WRLCK) == 0) {
+			err = unlink()
+		}
+		// Explicitly, since another copy of the descriptor would keep it.
+		o.setLock(int(l.fd), unix.F_OFD_SETLK, unix.F_UNLCK)
+		unix.Close(int(l.fd))
+	}
+	l.fd = -1
+	return err
+}
+
+// Release gives the lock up, in any case; the error says what went wrong
+// beside that, for the log. A lease file is removed on the way: what is at
+// the path unlink (if not ""), if it is the locked file itself, regular and
+// empty, and nobody else holds it: a shared lock is made exclusive for that,
+// or nothing is removed.
+func (l *Lock) Release(unlink string) error {
+	o := l.files.begin("release", l.path)
+	defer l.files.end(o)
+	if l.mount != "" {
+		return l.releaseRemote(o, unlink)
+	}
+	if unlink == "" {
+		return l.giveUp(o, nil)
+	}
+	return l.giveUp(o, func() error { return l.unlinkDirect(o, unlink) })
+}
+
+// unlinkDirect removes the lease file at path. The lock is exclusive.
+func (l *Lock) unlinkDirect(o *op, path string) error {
+	abs, errno := l.files.absolute(path)
+	if errno != 0 {
+		return &Error{OpUnlink, path, errno}
+	}
+	// A link in the last place isn't our file, so it isn't followed.
+	_, ok, err := l.files.direct(o, abs, false, func(path string) outcome {
+		var dir int
+		if dir, errno = o.openDir(path); errno != 0 {
+			return linkOrDone(errno)
+		}
+		defer unix.Close(dir)
+		var info fileInfo
+		if info, errno = o.statAt(dir); errno == 0 && isLease(info, l.id) {
+			errno = o.unlinkAt(dir)
+		}
+		return done
+	})
+	switch {
+	case err != nil:
+		return &Error{OpUnlink, path, err}
+	case !ok:
+		return &Error{OpUnlink, path, unix.EXDEV} // mounts changed: no name there is one of this file
+	case errno != 0 && errno != unix.ENOENT:
+		return &Error{OpUnlink, path, errno}
+	}
+	return nil
+}
+
+// isLease reports whether a file is the locked one and may be a lease file.
+func isLease(info fileInfo, locked FileID) bool {
+	return info.id == locked && info.kind() == unix.S_IFREG && info.size == 0
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package filelock
+
+import (
+	"encoding/binary"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// What passes over a worker's control socket (SOCK_SEQPACKET, so messages
+// keep their bounds). Both ends are the same binary on one machine: native
+// byte order, no versions.
+//
+// The worker speaks first, once: an empty reply, when it is ready. Then each
+// request is one message (with the cell as SCM_RIGHTS where one is needed), and so
+// is each reply.
+
+// request is what a worker is asked to do.
+type request struct {
+	op     workOp
+	mode   Mode
+	create bool
+	path   string // absolute; of workRelease: what to unlink, may be ""
+	cell   int    // of workLock and workRelease, else -1; -1 too if the worker itself holds the lock
+}
+
+type workOp uint8
+
+const (
+	workLock    workOp = iota + 1 // open and lock path, store it in the cell
+	workRelease                   // release what is in the cell, or what the worker holds itself
+	workMakeDir
+	workCreate
+	workUnlink
+	workStat
+)
+
+// reply is what came of it. The errno belongs to the step.
+type reply struct {
+	errno  syscall.Errno
+	step   step
+	posix  bool // workLock: a POSIX lock, which the worker holds itself
+	id     FileID
+	holder *worker // set by the pool: the worker that holds the POSIX lock
+}
+
+// step says where an errno came from.
+type step uint8
+
+const (
+	stepNone   step = iota
+	stepOpen        // of workLock
+	stepLock        // of workLock
+	stepStore       // of workLock
+	stepNotDir      // of workMakeDir: no errno, something else is there
+	stepOther       // the only step of the others
+)
+
+const (
+	requestHeader = 3
+	maxRequest    = requestHeader + pathMax
+	replySize     = 24
+)
+
+func appendRequest(b []byte, r request) []byte {
+	b = append(b, byte(r.op), byte(r.mode), asByte(r.create))
+	return append(b, r.path...)
+}
+
+func parseRequest(b []byte) (request, bool) {
+	if len(b) < requestHeader || len(b) > maxRequest {
+		return request{}, false
+	}
+	r := request{op: workOp(b[0]), mode: Mode(b[1]), create: b[2] != 0, path: string(b[requestHeader:]), cell: -1}
+	return r, r.op >= workLock && r.op <= workStat && r.mode <= Exclusive
+}
+
+func appendReply(b []byte, r reply) []byte {
+	b = binary.NativeEndian.AppendUint32(b, uint32(r.errno))
+	b = append(b, byte(r.step), asByte(r.posix), asByte(r.id.Block), 0)
+	b = binary.NativeEndian.AppendUint64(b, r.id.Dev)
+	return binary.NativeEndian.AppendUint64(b, r.id.Ino)
+}
+
+func parseReply(b []byte) (reply, bool) {
+	if len(b) != replySize {
+		return reply{}, false
+	}
+	return reply{
+		errno: syscall.Errno(binary.NativeEndian.Uint32(b)),
+		step:  step(b[4]),
+		posix: b[5] != 0,
+		id: FileID{
+			Dev:   binary.NativeEndian.Uint64(b[8:]),
+			Ino:   binary.NativeEndian.Uint64(b[16:]),
+			Block: b[6] != 0,
+		},
+	}, true
+}
+
+func asByte(b bool) byte {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// sendMessage sends one message, with the descriptor fd if it isn't -1.
+func sendMessage(socket int, data []byte, fd int) error {
+	var oob []byte
+	if fd >= 0 {
+		oob = unix.UnixRights(fd)
+	}
+	for {
+		err := unix.Sendmsg(socket, data, oob, nil, unix.MSG_NOSIGNAL)
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// receiveMessage waits for a message. n 0: the other end is gone.
+func receiveMessage(socket int, data, oob []byte) (n, oobn int, err error) {
+	for {
+		n, oobn, _, _, err = unix.Recvmsg(socket, data, oob, unix.MSG_CMSG_CLOEXEC)
+		if err != unix.EINTR {
+			return n, oobn, err
+		}
+	}
+}

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package filelock
+
+import (
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// pathMax is the longest path that the kernel takes, without its NUL.
+const pathMax = unix.PathMax - 1
+
+const (
+	openFlags  = unix.O_RDWR | unix.O_CLOEXEC | unix.O_NOCTTY | unix.O_LARGEFILE
+	fileMode   = 0o600 // of a new lease file, less the umask, as the C daemon makes it
+	dirMode    = 0o700
+	noSymlinks = unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS
+)
+
+// scratch is the memory that system calls read and write. It lives on the
+// heap as part of a pooled op, so that no call allocates.
+type scratch struct {
+	how  unix.OpenHow
+	stx  unix.Statx_t
+	st   unix.Stat_t
+	fl   unix.Flock_t
+	buf  [pathMax + 2]byte // a path with its NUL, or directory NUL name NUL
+	name *byte             // into buf: the last component
+}
+
+// fileInfo is what is of interest of a file's status.
+type fileInfo struct {
+	id   FileID
+	mode uint32 // st_mode
+	size uint64
+	rdev uint64
+}
+
+func (i fileInfo) kind() uint32 { return i.mode & unix.S_IFMT }
+
+func makeInfo(dev, ino, rdev, size uint64, mode uint32) fileInfo {
+	i := fileInfo{id: FileID{Dev: dev, Ino: ino}, mode: mode, size: size, rdev: rdev}
+	if i.kind() == unix.S_IFBLK {
+		i.id = FileID{Dev: rdev, Block: true}
+	}
+	return i
+}
+
+func infoOfStat(st *unix.Stat_t) fileInfo {
+	return makeInfo(uint64(st.Dev), st.Ino, uint64(st.Rdev), uint64(st.Size), st.Mode) //nolint:unconvert // other widths on other architectures
+}
+
+// setPath puts path and a NUL into the buffer. The path is known to be
+// shorter than the buffer and without NUL.
+func (s *scratch) setPath(path string) {
+	n := copy(s.buf[:], path)
+	s.buf[n] = 0
+}
+
+// split puts path into the buffer as directory and name. The path is tidy and
+// isn't the root.
+func (s *scratch) split(path string) {
+	slash := len(path) - 1
+	for path[slash] != '/' {
+		slash--
+	}
+	n := 1
+	if slash == 0 {
+		s.buf[0] = '/'
+	} else {
+		n = copy(s.buf[:], path[:slash])
+	}
+	s.buf[n] = 0
+	s.name = &s.buf[n+1]
+	n += 1 + copy(s.buf[n+1:], path[slash+1:])
+	s.buf[n] = 0
+}
+
+// openPath opens what the buffer names with O_PATH, that is for reference
+// only, and follows no symbolic link. ELOOP: there is one.
+func (s *scratch) openPath(flags uint64) (int, syscall.Errno) {
+	s.how = unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC | flags, Resolve: noSymlinks}
+	for {
+		fd, _, errno := unix.Syscall6(unix.SYS_OPENAT2, ^uintptr(99), uintptr(unsafe.Pointer(&s.buf[0])), // AT_FDCWD is -100
+			uintptr(unsafe.Pointer(&s.how)), unix.SizeofOpenHow, 0, 0)
+		if errno != unix.EINTR {
+			return int(fd), errno
+		}
+	}
+}
+
+// openDir opens the directory of path, which stays split in the buffer.
+func (s *scratch) openDir(path string) (int, syscall.Errno) {
+	s.split(path)
+	return s.openPath(unix.O_DIRECTORY)
+}
+
+// statPath looks at path without following any symbolic link.
+func (s *scratch) statPath(path string) (fileInfo, syscall.Errno) {
+	s.setPath(path)
+	fd, errno := s.openPath(0)
+	if errno != 0 {
+		return fileInfo{}, errno
+	}
+	info, errno := s.fstat(fd)
+	unix.Close(fd)
+	return info, errno
+}
+
+func (s *scratch) fstat(fd int) (fileInfo, syscall.Errno) {
+	if err := unix.Fstat(fd, &s.st); err != nil {
+		return fileInfo{}, toErrno(err)
+	}
+	return infoOfStat(&s.st), 0
+}
+
+// statAt looks at the name in the directory dir; a symbolic link is itself.
+func (s *scratch) statAt(dir int) (fileInfo, syscall.Errno) {
+	const mask = unix.STATX_TYPE | unix.STATX_MODE | unix.STATX_INO | unix.STATX_SIZE
+	_, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(dir), uintptr(unsafe.Pointer(s.name)),
+		unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, mask, uintptr(unsafe.Pointer(&s.stx)), 0)
+	if errno != 0 {
+		return fileInfo{}, errno
+	}
+	x := &s.stx
+	return makeInfo(unix.Mkdev(x.Dev_major, x.Dev_minor), x.Ino, unix.Mkdev(x.Rdev_major, x.Rdev_minor), x.Size, uint32(x.Mode)), 0
+}
+
+// openAt opens the name in the directory dir for reading and writing, and no
+// symbolic link.
+func (s *scratch) openAt(dir int, flags uintptr) (int, syscall.Errno) {
+	for {
+		fd, _, errno := unix.Syscall6(unix.SYS_OPENAT, uintptr(dir), uintptr(unsafe.Pointer(s.name)),
+			openFlags|unix.O_NOFOLLOW|flags, fileMode, 0, 0)
+		if errno != unix.EINTR {
+			return int(fd), errno
+		}
+	}
+}
+
+func (s *scratch) mkdirAt(dir int) syscall.Errno {
+	_, _, errno := unix.Syscall(unix.SYS_MKDIRAT, uintptr(dir), uintptr(unsafe.Pointer(s.name)), dirMode)
+	return errno
+}
+
+// createAt makes an empty regular file without opening it.
+func (s *scratch) createAt(dir int) syscall.Errno {
+	_, _, errno := unix.Syscall6(unix.SYS_MKNODAT, uintptr(dir), uintptr(unsafe.Pointer(s.name)), unix.S_IFREG|fileMode, 0, 0, 0)
+	return errno
+}
+
+func (s *scratch) unlinkAt(dir int) syscall.Errno {
+	_, _, errno := unix.Syscall(unix.SYS_UNLINKAT, uintptr(dir), uintptr(unsafe.Pointer(s.name)), 0)
+	return errno
+}
+
+// setLock applies a lock type (F_RDLCK, F_WRLCK, F_UNLCK) to byte 0 of fd,
+// with F_OFD_SETLK or F_SETLK, without waiting.
+func (s *scratch) setLock(fd, cmd int, typ int16) syscall.Errno {
+	for {
+		s.fl = unix.Flock_t{Type: typ, Whence: unix.SEEK_SET, Start: 0, Len: 1}
+		errno := toErrno(unix.FcntlFlock(uintptr(fd), cmd, &s.fl))
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
+}
+
+// refused reports whether the error of setLock means that somebody else holds
+// a lock there; POSIX leaves the choice between two numbers.
+func refused(errno syscall.Errno) bool { return errno == unix.EAGAIN || errno == unix.EACCES }
+
+func lockType(m Mode) int16 {
+	if m == Exclusive {
+		return unix.F_WRLCK
+	}
+	return unix.F_RDLCK
+}
+
+func toErrno(err error) syscall.Errno {
+	if err == nil {
+		return 0
+	}
+	if errno, ok := err.(syscall.Errno); ok {
+		return errno
+	}
+	return unix.EIO
+}
+
+// A Unix datagram socket that is connected to itself is a cell: what lies in
+// its queue, a descriptor of a locked file, stays open although no process
+// has it in its table, and nobody else can send to it.
+//
+// newCell makes an empty one.
+func newCell() (int, syscall.Errno) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return -1, toErrno(err)
+	}
+	// An empty address makes the kernel choose a name of its own.
+	if err = unix.Bind(fd, &unix.SockaddrUnix{}); err == nil {
+		var self unix.Sockaddr
+		if self, err = unix.Getsockname(fd); err == nil {
+			err = unix.Connect(fd, self)
+		}
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, toErrno(err)
+	}
+	return fd, 0
+}
+
+// putInCell stores a copy of the descriptor fd in the cell.
+func putInCell(cell, fd int) syscall.Errno {
+	for {
+		err := unix.Sendmsg(cell, []byte{1}, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		if err != unix.EINTR {
+			return toErrno(err)
+		}
+	}
+}
+
+// takeFromCell takes the descriptor out. EAGAIN: the cell is empty.
+func takeFromCell(cell int) (int, syscall.Errno) {
+	var data [1]byte
+	oob := make([]byte, unix.CmsgSpace(4))
+	for {
+		_, n, _, _, err := unix.Recvmsg(cell, data[:], oob, unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return -1, toErrno(err)
+		}
+		if fd := passedFD(oob[:n]); fd >= 0 {
+			return fd, 0
+		}
+		return -1, unix.EMFILE // the only way to lose it: the descriptor table is full
+	}
+}
+
+// passedFD returns the descriptor in the control data of a message, or -1.
+func passedFD(oob []byte) int {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(msgs) == 0 {
+		return -1
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) == 0 {
+		return -1
+	}
+	return fds[0]
+}
+
+// since returns for how long t is past.
+func since(t time.Time) time.Duration { return time.Since(t).Round(time.Millisecond) }

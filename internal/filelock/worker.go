@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package filelock
+
+import (
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	workerName    = "virtlockd-worker" // argv[0]
+	workerComm    = "virtlockd-work"   // what top shows: 15 bytes are all there is
+	workerControl = 3                  // its control socket
+)
+
+// IsWorker reports whether this process was started as a worker.
+func IsWorker() bool {
+	if len(os.Args) != 1 || os.Args[0] != workerName {
+		return false
+	}
+	typ, err := unix.GetsockoptInt(workerControl, unix.SOL_SOCKET, unix.SO_TYPE)
+	return err == nil && typ == unix.SOCK_SEQPACKET
+}
+
+// WorkerMain works, and doesn't return. If IsWorker, main has to call it
+// before anything else.
+//
+// A worker does what may hang: one request at a time from its control socket,
+// until that is closed. Then it gives up a lock that it had just taken but
+// could not report, and ends.
+func WorkerMain() {
+	// The worker ends when the daemon does. A signal to the whole group or
+	// unit, whose daemon still wants to release its locks in order, must not
+	// end it before.
+	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGQUIT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGPIPE)
+	unix.CloseOnExec(workerControl)
+	if fd, err := unix.Open("/proc/self/comm", unix.O_WRONLY|unix.O_CLOEXEC, 0); err == nil {
+		unix.Write(fd, []byte(workerComm))
+		unix.Close(fd)
+	}
+	w := &work{held: -1}
+	for ready := w.send(reply{}); ready; ready = w.serve() {
+	}
+	unix.Exit(0)
+}
+
+// work is the state of a worker.
+type work struct {
+	scratch
+	held   int // the file with the POSIX lock that this process holds, or -1
+	in     [maxRequest]byte
+	out    [replySize]byte
+	rights [64]byte
+}
+
+// serve answers one request; false: there will be no more.
+func (w *work) serve() bool {
+	n, oobn, err := receiveMessage(workerControl, w.in[:], w.rights[:])
+	if err != nil || n == 0 {
+		return false
+	}
+	r, ok := parseRequest(w.in[:n])
+	if r.cell = passedFD(w.rights[:oobn]); !ok || r.cell < 0 && r.op == workLock {
+		return false
+	}
+	answer := w.do(r)
+	sent := w.send(answer)
+	if !sent && r.op == workLock && answer.errno == 0 && answer.step == stepNone {
+		// Nobody knows of this lock.
+		w.release(request{op: workRelease, mode: r.mode, cell: r.cell})
+	}
+	if r.cell >= 0 {
+		unix.Close(r.cell)
+	}
+	return sent
+}
+
+func (w *work) send(r reply) bool {
+	return sendMessage(workerControl, appendReply(w.out[:0], r), -1) == nil
+}
+
+func (w *work) do(r request) reply {
+	switch r.op {
+	case workLock:
+		return w.lock(r)
+	case workRelease:
+		return w.release(r)
+	case workMakeDir:
+		return makeDirs(r.path)
+	case workCreate:
+		return create(r.path)
+	case workUnlink:
+		return other(retry(func() error { return unix.Unlink(r.path) }))
+	default:
+		info, errno := stat(r.path)
+		return reply{errno: errno, step: stepOther, id: info.id}
+	}
+}
+
+func other(errno syscall.Errno) reply { return reply{errno: errno, step: stepOther} }
+
+// retry repeats a call that a signal interrupted.
+func retry(call func() error) syscall.Errno {
+	for {
+		if err := call(); err != unix.EINTR {
+			return toErrno(err)
+		}
+	}
+}
+
+func open(path string, flags int) (fd int, errno syscall.Errno) {
+	errno = retry(func() (err error) { fd, err = unix.Open(path, openFlags|flags, fileMode); return err })
+	return fd, errno
+}
+
+func stat(path string) (fileInfo, syscall.Errno) {
+	var st unix.Stat_t
+	errno := retry(func() error { return unix.Stat(path, &st) })
+	return infoOfStat(&st), errno
+}
+
+func lstat(path string) (fileInfo, syscall.Errno) {
+	var st unix.Stat_t
+	errno := retry(func() error { return unix.Lstat(path, &st) })
+	return infoOfStat(&st), errno
+}
+
+// lock is Lock, with the kernel following all links.
+func (w *work) lock(r request) reply {
+	flags := 0
+	if r.create {
+		flags = unix.O_CREAT
+	}
+	for range 1000 {
+		fd, errno := open(r.path, flags)
+		if errno != 0 {
+			return reply{errno: errno, step: stepOpen}
+		}
+		info, errno := w.fstat(fd)
+		if errno != 0 {
+			unix.Close(fd)
+			return reply{errno: errno, step: stepOpen}
+		}
+		cmd := unix.F_OFD_SETLK
+		errno = w.setLock(fd, cmd, lockType(r.mode))
+		if errno == unix.EINVAL {
+			cmd = unix.F_SETLK
+			errno = w.setLock(fd, cmd, lockType(r.mode))
+		}
+		if errno != 0 {
+			unix.Close(fd)
+			return reply{errno: errno, step: stepLock}
+		}
+		if r.create {
+			if now, errno := stat(r.path); errno != 0 || now.id != info.id {
+				w.giveUp(fd, cmd)
+				continue
+			}
+		}
+		if cmd == unix.F_SETLK {
+			// Such a lock belongs to this process and goes with the descriptor.
+			w.held = fd
+			return reply{id: info.id, posix: true}
+		}
+		if errno := putInCell(r.cell, fd); errno != 0 {
+			w.giveUp(fd, cmd)
+			return reply{errno: errno, step: stepStore}
+		}
+		unix.Close(fd)
+		return reply{id: info.id}
+	}
+	return reply{errno: unix.EAGAIN, step: stepOpen}
+}
+
+func (w *work) giveUp(fd, cmd int) {
+	w.setLock(fd, cmd, unix.F_UNLCK)
+	unix.Close(fd)
+}
+
+// release is Release.
+func (w *work) release(r request) reply {
+	fd, cmd := w.held, unix.F_SETLK
+	if w.held = -1; fd < 0 {
+		var errno syscall.Errno
+		cmd = unix.F_OFD_SETLK
+		if fd, errno = takeFromCell(r.cell); errno != 0 {
+			return reply{} // it was released before, by a worker that then died
+		}
+	}
+	var errno syscall.Errno
+	if r.path != "" && (r.mode == Exclusive || w.setLock(fd, cmd, unix.F_WRLCK) == 0) {
+		errno = w.unlinkLease(fd, r.path)
+	}
+	w.giveUp(fd, cmd)
+	return reply{errno: errno, step: stepOther}
+}
+
+func (w *work) unlinkLease(fd int, path string) syscall.Errno {
+	locked, errno := w.fstat(fd)
+	if errno != 0 {
+		return errno
+	}
+	now, errno := lstat(path)
+	if errno == 0 && isLease(now, locked.id) {
+		errno = retry(func() error { return unix.Unlink(path) })
+	}
+	if errno == unix.ENOENT {
+		return 0
+	}
+	return errno
+}
+
+// makeDirs is MakeDir; path is absolute.
+func makeDirs(path string) reply {
+	info, errno := stat(path)
+	if errno == 0 && info.kind() != unix.S_IFDIR {
+		return reply{step: stepNotDir}
+	}
+	if errno != unix.ENOENT {
+		return other(errno)
+	}
+	for i := 1; i <= len(path); i++ {
+		if i < len(path) && path[i] != '/' {
+			continue
+		}
+		part := path[:i]
+		if info, errno = stat(part); errno == unix.ENOENT {
+			errno = retry(func() error { return unix.Mkdir(part, dirMode) })
+			if errno == unix.EEXIST {
+				if again, e := stat(part); e == 0 && again.kind() == unix.S_IFDIR {
+					errno = 0 // somebody was faster
+				}
+			}
+		} else if errno == 0 && info.kind() != unix.S_IFDIR {
+			errno = unix.ENOTDIR
+		}
+		if errno != 0 {
+			return other(errno)
+		}
+	}
+	return reply{}
+}
+
+// create is Create. A dangling link is followed, as open(2) with O_CREAT does.
+func create(path string) reply {
+	for range 100 {
+		info, errno := stat(path)
+		switch {
+		case errno == 0 && info.kind() == unix.S_IFDIR:
+			return other(unix.EISDIR)
+		case errno != unix.ENOENT:
+			return other(errno)
+		}
+		flags := unix.O_CREAT
+		if link, errno := lstat(path); errno != 0 || link.kind() != unix.S_IFLNK {
+			flags |= unix.O_EXCL
+		}
+		fd, errno := open(path, flags)
+		if errno == unix.EEXIST {
+			continue // it came in between
+		}
+		if errno == 0 {
+			unix.Close(fd)
+		}
+		return other(errno)
+	}
+	return other(unix.EAGAIN)
+}
