@@ -10,7 +10,7 @@ import (
 )
 
 // notifyTimeout bounds how long a full queue of the receiver can hold us up, in seconds.
-const notifyTimeout = 5
+const notifyTimeout = 2
 
 // Notifier sends state changes to who started us. The zero value sends nothing.
 type Notifier struct {

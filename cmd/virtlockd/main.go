@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+// Virtlockd holds locks on the resources of virtual machines on behalf of libvirt.
+package main
+
+import (
+	"os"
+
+	"virtlockd/internal/daemon"
+	"virtlockd/internal/filelock"
+)
+
+func main() {
+	if filelock.IsWorker() {
+		filelock.WorkerMain()
+	}
+	os.Exit(daemon.Main(os.Args))
+}

@@ -1,0 +1,622 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+// Package daemon makes virtlockd out of its parts: command line, start-up in the right order, signals,
+// timeout and an orderly end. It is the only place that knows everyone.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/adminproto"
+	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/cmdline"
+	"virtlockd/internal/conf"
+	"virtlockd/internal/filelock"
+	"virtlockd/internal/lockproto"
+	"virtlockd/internal/lockspace"
+	"virtlockd/internal/logging"
+	"virtlockd/internal/owner"
+	"virtlockd/internal/pidfile"
+	"virtlockd/internal/poll"
+	"virtlockd/internal/rpc"
+	"virtlockd/internal/systemd"
+)
+
+// Exit codes, as the C daemon has them. The others it has belong to the live upgrade.
+const (
+	exitOK      = 0
+	exitUsage   = 1 // command line, configuration, pid file; also an end that left something behind
+	exitRunDir  = 2
+	exitNetwork = 6
+)
+
+// startError is why the daemon can't start, and the exit code that says so.
+type startError struct {
+	code int
+	err  error
+}
+
+func (e *startError) Error() string { return e.err.Error() }
+func (e *startError) Unwrap() error { return e.err }
+
+// exitCode is the exit code for an error of the start.
+func exitCode(err error) int {
+	var s *startError
+	if errors.As(err, &s) {
+		return s.code
+	}
+	return exitUsage
+}
+
+const (
+	// stopTime bounds the end: a disk that hangs must not keep the host from shutting down.
+	stopTime = 5 * time.Second
+	// serverTime is how much of it clients get whose request is under way.
+	serverTime = 2 * time.Second
+	// flushTime bounds the wait for log outputs that are slow to take the last lines.
+	flushTime = time.Second
+
+	// maxLockMessage is more than any request of the lock protocol needs: two strings of 64 KiB.
+	maxLockMessage = 256 << 10
+)
+
+// Names of the two servers, as virt-admin shows them.
+const (
+	lockServer  = "virtlockd"
+	adminServer = "admin"
+)
+
+// Main runs the daemon with the command line args (with the program's name first) and returns its exit
+// code.
+func Main(args []string) int {
+	stage, waiting := detachStage()
+	if stage == goBetween {
+		return mediate(args, waiting)
+	}
+	signals := catchSignals()
+	defer signals.release()
+	settle()
+
+	name := "virtlockd"
+	if len(args) > 0 {
+		if args[0] != "" {
+			name = args[0]
+		}
+		args = args[1:]
+	}
+	p := findPaths(os.Geteuid(), os.Getenv)
+	o, err := parseOptions(args)
+	var usage *cmdline.UsageError
+	switch {
+	case errors.Is(err, errHelp):
+		printUsage(os.Stderr, name, p)
+		return exitOK
+	case errors.Is(err, errVersion):
+		printVersion(os.Stdout, name)
+		return exitOK
+	case errors.As(err, &usage):
+		fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+		printUsage(os.Stderr, name, p)
+		return exitUsage
+	case err == nil && o.detach && stage == 0:
+		signals.release() // who waits can be interrupted
+		if err := detach(os.Args); err != nil {
+			fmt.Fprintf(os.Stderr, "%s: error: %v\n", name, err)
+			return exitCode(err)
+		}
+		return exitOK
+	}
+
+	d := &daemon{
+		name: name, options: o, paths: p, signals: signals, waiting: waiting,
+		notify: systemd.NewNotifier(), asked: make(chan struct{}, 1),
+	}
+	return d.main(err)
+}
+
+// settle makes the process independent of how it was started.
+func settle() {
+	// Settings of the Go run-time are for developers; the environment that an init script or a
+	// shell happened to have must not change how a lock daemon works.
+	os.Unsetenv("GODEBUG")
+	// A small heap that is collected a little more often; GOGC and GOMEMLIMIT don't count.
+	debug.SetGCPercent(50)
+	debug.SetMemoryLimit(-1)
+	raiseFileLimit()
+}
+
+// raiseFileLimit raises the limit of open files as far as we may: each client and each lock needs one.
+// Go raises it too, but puts the old limit back before exec(2), unless it was set by hand.
+func raiseFileLimit() {
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil {
+		l.Cur = l.Max
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
+	}
+}
+
+// daemon is one run. Fields are set by start, in its order, and don't change afterwards.
+type daemon struct {
+	name    string
+	options options
+	paths   paths
+	signals *signals
+	waiting *reporter // who waits for the end of the start; nil: nobody
+	notify  systemd.Notifier
+	undo    []func() // of start's steps, in their order
+
+	startDir   string // where relative names on the command line and in the configuration count from
+	configFile string // absolute, or "" as given
+	logs       *logging.Logs
+	log        *slog.Logger
+	pidFile    *pidfile.File
+	poller     *poll.Poller
+	files      *filelock.Files
+	owners     *owner.Registry
+	table      *lockspace.Table
+	sockets    sockets
+	lock       *rpc.Server
+	admin      *rpc.Server
+	idle       *idler
+	asked      chan struct{} // the admin protocol wants the daemon to end
+}
+
+// main runs from after the command line, whose fault (or nil) is given, to the end.
+func (d *daemon) main(fault error) int {
+	if err := d.start(fault); err != nil {
+		d.complain(err)
+		d.clean()
+		return exitCode(err)
+	}
+	code, ended := d.serve()
+	if ended {
+		d.clean()
+	} else {
+		// What still runs can't be waited for and may use everything but these; it ends with the
+		// process, and so do its locks.
+		d.removePIDFile()
+		d.closeLogs()
+	}
+	return code
+}
+
+// clean undoes what start did, as far as it got.
+func (d *daemon) clean() {
+	for _, f := range slices.Backward(d.undo) {
+		f()
+	}
+}
+
+// complain says why the daemon can't start: to the log, to who waits, and to stderr if the log doesn't
+// go there.
+func (d *daemon) complain(err error) {
+	d.waiting.report(exitCode(err), err.Error())
+	if d.log != nil {
+		d.log.Error(err.Error())
+		for _, o := range d.logs.Settings().Outputs {
+			if o.Dest == logging.Stderr {
+				return
+			}
+		}
+	}
+	fmt.Fprintf(os.Stderr, "%s: error: %v\n", d.name, err)
+}
+
+// start does all that comes before the first client. The order has reasons:
+//
+//   - the log first, because everything else may have something to say;
+//   - configuration before anything is touched: a bad file changes nothing on the host;
+//   - the pid file before the sockets: a second instance ends before it gets near them;
+//   - the lock table before the sockets, so that no client is ever accepted by a daemon that can't
+//     lock;
+//   - READY=1 and the waiting parent last: who starts a guest then finds us serving.
+func (d *daemon) start(fault error) (err error) {
+	undo := func(f func()) { d.undo = append(d.undo, f) }
+	env := logging.EnvFrom(os.Getenv)
+	d.logs, err = logging.New(logging.Config{
+		Version: buildinfo.LibvirtVersion,
+		Package: "virtlockd (Go) " + buildinfo.Version,
+	}, logging.Early(env, d.options.verbose))
+	if err != nil {
+		return err
+	}
+	undo(d.closeLogs)
+	d.log = d.category("locking.lock_daemon")
+	if d.startDir, err = os.Getwd(); err != nil {
+		return fmt.Errorf("the working directory can't be told: %w", err)
+	}
+	if fault != nil {
+		return fault
+	}
+	if d.paths.err != nil {
+		return d.paths.err
+	}
+	for _, arg := range d.options.ignored {
+		d.log.Warn("a command line argument that is no option means nothing and is ignored", "argument", arg)
+	}
+
+	settings, err := d.configure()
+	if err != nil {
+		return err
+	}
+
+	if err := d.paths.makeRunDir(); err != nil {
+		return err
+	}
+	if d.pidFile, err = d.acquirePIDFile(); err != nil {
+		return err
+	}
+	undo(d.removePIDFile)
+	if d.options.detach {
+		// No file system is kept from being unmounted; relative names that clients send are
+		// looked up from here, as with the C daemon.
+		if err := os.Chdir("/"); err != nil {
+			return err
+		}
+	}
+
+	if d.poller, err = poll.New(); err != nil {
+		return err
+	}
+	undo(d.poller.Close)
+	if d.files, err = filelock.New(filelock.Config{Logger: d.category("util.lockspace")}); err != nil {
+		return err
+	}
+	undo(func() { d.files.Close() })
+	d.idle = newIdler(d.options.timeout, d.busy)
+	d.table = lockspace.New(lockspace.Config{
+		Locker:  d.files,
+		Logger:  d.category("util.lockspace"),
+		Changed: d.idle.changed,
+	})
+	d.owners = owner.NewRegistry(owner.Config{
+		Poller: d.poller,
+		Logger: d.category("locking.lock_daemon"),
+		Died:   d.table.ReleaseOwner,
+	})
+	undo(d.owners.Close)
+	locks := lockproto.New(lockproto.Config{
+		Table:  d.table,
+		Owners: d.owners,
+		Logger: d.category("locking.lock_daemon_dispatch"),
+	})
+	d.lock = rpc.NewServer(d.poller, rpc.Config{
+		Name:       lockServer,
+		Setting:    "max_clients",
+		MaxClients: settings.MaxClients,
+		MaxUnauth:  settings.MaxClients,
+		MaxMessage: maxLockMessage,
+		AllowUID:   d.paths.uid,
+		Programs:   []rpc.Program{locks},
+		Logger:     d.category("rpc.netserver"),
+		Changed:    d.idle.changed,
+	})
+	version, err := buildinfo.LibvirtNumber()
+	if err != nil {
+		return err
+	}
+	d.admin = rpc.NewServer(d.poller, rpc.Config{
+		Name:       adminServer,
+		Setting:    "admin_max_clients",
+		MaxClients: settings.AdminMaxClients,
+		MaxUnauth:  settings.AdminMaxClients,
+		MaxMessage: adminproto.MaxMessage,
+		AllowUID:   d.paths.uid,
+		Programs: []rpc.Program{adminproto.New(adminproto.Config{
+			Servers:    func() []*rpc.Server { return []*rpc.Server{d.admin, d.lock} },
+			Logs:       d.logs,
+			Guards:     locks.Guards,
+			SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
+			Shutdown:   d.shutdown,
+			LibVersion: version,
+			Logger:     d.category("admin"),
+		})},
+		Logger:  d.category("rpc.netserver"),
+		Changed: d.idle.changed,
+	})
+
+	passed, err := systemd.Descriptors(os.Getpid())
+	if err != nil {
+		return &startError{exitNetwork, err}
+	}
+	if d.sockets, err = openSockets(d.paths, passed); err != nil {
+		return err
+	}
+	undo(d.unlinkSockets)
+	if d.sockets.lock == nil {
+		d.log.Warn("socket activation passed no lock socket: guests can't be locked; enable " + lockUnit)
+	}
+	return nil
+}
+
+func (d *daemon) category(name string) *slog.Logger {
+	return d.logs.Logger().With(logging.Category, name)
+}
+
+// loadConfig reads the configuration and what the environment and the command line make of it.
+func (d *daemon) loadConfig() (conf.Settings, logging.Settings, error) {
+	settings, err := conf.LoadSettings(d.configFile, d.options.config == nil)
+	if err != nil {
+		return conf.Settings{}, logging.Settings{}, fmt.Errorf("Can't load config file: %w", err) //lint:ignore ST1005 the C daemon's text
+	}
+	_, ttyErr := unix.IoctlGetTermios(0, unix.TCGETS)
+	log, err := logging.Resolve(logging.EnvFrom(os.Getenv), settings, d.options.verbose, logging.Mode{
+		Daemon:   d.options.detach,
+		StdinTTY: ttyErr == nil,
+		Journald: logging.JournaldPresent(""),
+		File:     d.paths.logFile,
+		Dir:      d.startDir,
+	})
+	if err != nil {
+		return conf.Settings{}, logging.Settings{}, sourced(err)
+	}
+	return settings, log, nil
+}
+
+// sourced puts the place of a wrong log setting before what is wrong with it.
+func sourced(err error) error {
+	var invalid *logging.InvalidError
+	if errors.As(err, &invalid) && invalid.Source != "" {
+		return fmt.Errorf("%s: %w", invalid.Source, err)
+	}
+	return err
+}
+
+// apply puts log settings into force; on error nothing has changed.
+func (d *daemon) apply(settings conf.Settings, log logging.Settings) error {
+	for _, o := range log.Outputs {
+		if o.Dest == logging.File && o.Arg == d.paths.logFile {
+			// If this fails, opening the file says so.
+			_ = makeDir(filepath.Dir(o.Arg), d.paths.dirMode())
+		}
+	}
+	if err := d.logs.Apply(log); err != nil {
+		return err
+	}
+	for _, e := range settings.Unknown() {
+		d.log.Warn("an unknown key in the configuration is ignored", "file", d.configFile, "line", e.Line, "key", e.Name)
+	}
+	return nil
+}
+
+// configure reads the configuration at the start.
+func (d *daemon) configure() (conf.Settings, error) {
+	d.configFile = d.paths.config
+	if c := d.options.config; c != nil {
+		d.configFile = d.absolute(*c)
+	}
+	settings, log, err := d.loadConfig()
+	if err != nil {
+		return conf.Settings{}, err
+	}
+	return settings, d.apply(settings, log)
+}
+
+// reload reads the configuration again and opens log files anew, for SIGHUP. A bad file changes nothing.
+func (d *daemon) reload() {
+	settings, log, err := d.loadConfig()
+	if err == nil {
+		err = d.apply(settings, log)
+	}
+	if err != nil {
+		d.log.Error("SIGHUP: the configuration is not usable, the settings in force stay as they are", "error", err)
+	} else {
+		d.lock.SetLimits(rpc.Limits{MaxClients: settings.MaxClients, MaxUnauth: settings.MaxClients})
+		d.admin.SetLimits(rpc.Limits{MaxClients: settings.AdminMaxClients, MaxUnauth: settings.AdminMaxClients})
+	}
+	if err := d.logs.Reopen(); err != nil {
+		d.log.Error("SIGHUP: a log file can't be opened anew", "error", err)
+	}
+	d.log.Info("SIGHUP: configuration read, log files opened anew")
+}
+
+// shutdown is what the admin protocol's call of that name asks for. Unlike a signal it doesn't give up
+// locks.
+func (d *daemon) shutdown(preserve bool) (begin func(), err error) {
+	if preserve {
+		return nil, errors.New("keeping everything over the daemon's end is not available in this build")
+	}
+	if n := d.table.Held(); n > 0 {
+		return nil, &adminproto.LocksHeldError{Locks: n}
+	}
+	return func() {
+		select {
+		case d.asked <- struct{}{}:
+		default: // asked for already
+		}
+	}, nil
+}
+
+// upgrade is what SIGUSR1 asks for.
+func (d *daemon) upgrade() {
+	d.log.Warn("SIGUSR1: live upgrade is not available in this build; nothing was done")
+}
+
+// absolute makes a name from the command line good for the time after chdir. "" stays what it is, no
+// name at all.
+func (d *daemon) absolute(path string) string {
+	if path == "" || filepath.IsAbs(path) {
+		return path
+	}
+	return filepath.Join(d.startDir, path)
+}
+
+// acquirePIDFile writes the pid file; nil without error: none is wanted.
+func (d *daemon) acquirePIDFile() (*pidfile.File, error) {
+	path := d.paths.pidFile
+	if p := d.options.pidFile; p != nil {
+		path = *p
+	}
+	if path == "" {
+		return nil, nil
+	}
+	return pidfile.Acquire(d.absolute(path))
+}
+
+func (d *daemon) removePIDFile() {
+	if d.pidFile == nil {
+		return
+	}
+	if err := d.pidFile.Remove(); err != nil {
+		d.log.Warn("the pid file was left behind", "error", err)
+	}
+}
+
+func (d *daemon) closeLogs() {
+	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
+	defer cancel()
+	d.logs.Close(ctx)
+}
+
+func (d *daemon) unlinkSockets() {
+	for _, s := range d.sockets.all() {
+		s.unlink(d.log)
+	}
+}
+
+// busy tells whether somebody needs us: a client, one that waits to be accepted, or the holder of a
+// lock.
+func (d *daemon) busy() bool {
+	if d.lock.Count() > 0 || d.admin.Count() > 0 || d.table.Held() > 0 {
+		return true
+	}
+	for _, s := range d.sockets.all() {
+		fds := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN}}
+		if n, err := unix.Poll(fds, 0); err == nil && n > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// serve accepts clients until a signal, the timeout or a failure ends it. It returns the exit code, and
+// whether everything has ended that was begun.
+func (d *daemon) serve() (code int, ended bool) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+
+	failed := make(chan error, 1)
+	go func() {
+		// Not ctx: clients are served until stop is through with them.
+		if err := d.poller.Run(context.Background()); err != nil {
+			failed <- err
+		}
+	}()
+	for _, l := range []struct {
+		server *rpc.Server
+		socket *socket
+	}{{d.lock, d.sockets.lock}, {d.admin, d.sockets.admin}} {
+		if l.socket == nil {
+			continue
+		}
+		if err := l.server.Listen(l.socket.fd); err != nil {
+			err = &startError{exitNetwork, fmt.Errorf("cannot serve socket '%s': %w", l.socket.path, err)}
+			d.complain(err)
+			return exitCode(err), d.stop()
+		}
+	}
+	var idle sync.WaitGroup
+	idle.Go(func() { d.idle.run(ctx) })
+	// On a goroutine of its own: a configuration on a disk that hangs must not delay the end.
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-d.signals.reload:
+				d.reload()
+			}
+		}
+	}()
+
+	if err := d.notify.Send("READY=1"); err != nil {
+		d.log.Warn("systemd was not told that we are ready", "error", err)
+	}
+	d.waiting.report(exitOK, "")
+
+	for {
+		select {
+		case s := <-d.signals.stop:
+			d.log.Info("the daemon ends, as a signal asks for", "signal", s.String())
+		case <-d.asked:
+			d.log.Info("the daemon ends, as an administrator asks for")
+		case <-d.idle.expired:
+			d.log.Info("the daemon ends: nobody has needed it for the time of --timeout")
+		case err := <-failed:
+			d.log.Error("the daemon ends: it can't wait for clients any more", "error", err)
+			code = exitUsage
+		case <-d.signals.upgrade:
+			d.upgrade()
+			continue
+		}
+		break
+	}
+	cancel()
+	idle.Wait() // it looks at the sockets, which are closed now
+	if !d.stop() {
+		return exitUsage, false
+	}
+	return code, true
+}
+
+// stop gives everything up: no more clients, then the locks. No guest is ended because we stop. It
+// returns false if something didn't end in time.
+func (d *daemon) stop() bool {
+	limit := time.NewTimer(stopTime)
+	defer limit.Stop()
+	if err := d.notify.Send("STOPPING=1"); err != nil {
+		d.log.Warn("systemd was not told that we stop", "error", err)
+	}
+	d.owners.Close()
+	d.unlinkSockets()
+	clients := make(chan struct{})
+	go func() {
+		defer close(clients)
+		var servers sync.WaitGroup
+		servers.Go(d.lock.Shutdown)
+		servers.Go(d.admin.Shutdown)
+		servers.Wait()
+	}()
+	select {
+	case <-clients:
+	case <-time.After(serverTime):
+		// A request hangs. Its lock, should it ever get one, goes with this process.
+	}
+	locks := make(chan struct{})
+	go func() {
+		defer close(locks)
+		d.table.Close()
+	}()
+	select {
+	case <-locks:
+	case <-limit.C:
+	}
+	if isClosed(clients) && isClosed(locks) {
+		return true
+	}
+	for _, c := range d.files.InFlight() {
+		d.log.Error("a call on a disk didn't end before the daemon did; its lock goes with the process, a lease file may be left",
+			"call", c.Op, "path", c.Path, "mount", c.Mount, "worker", c.Worker, "for", time.Since(c.Since).Round(time.Millisecond))
+	}
+	return false
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+
+	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/cmdline"
+)
+
+// options is what the command line asks for.
+type options struct {
+	verbose bool
+	detach  bool
+	timeout time.Duration // 0: none
+	config  *string       // nil: the default file, which need not exist
+	pidFile *string       // nil: the default one; "": none
+	ignored []string      // operands, which mean nothing
+}
+
+// errHelp and errVersion end the parsing: the user wants a text, not a daemon.
+var (
+	errHelp    = errors.New("help asked for")
+	errVersion = errors.New("version asked for")
+)
+
+// parseOptions reads the command line without the program's name.
+//
+// Errors: errHelp, errVersion, *cmdline.UsageError, or another one for a value that makes no sense.
+func parseOptions(args []string) (o options, err error) {
+	o.ignored, err = cmdline.Parse([]cmdline.Option{
+		{Short: 'v', Long: "verbose", Do: func(string) error { o.verbose = true; return nil }},
+		{Short: 'd', Long: "daemon", Do: func(string) error { o.detach = true; return nil }},
+		{Short: 'f', Long: "config", Arg: true, Do: func(s string) error { o.config = &s; return nil }},
+		{Short: 't', Long: "timeout", Arg: true, Do: func(s string) (err error) { o.timeout, err = parseTimeout(s); return err }},
+		{Short: 'p', Long: "pid-file", Arg: true, Do: func(s string) error { o.pidFile = &s; return nil }},
+		{Short: 'V', Long: "version", Do: func(string) error { return errVersion }},
+		{Short: 'h', Long: "help", Do: func(string) error { return errHelp }},
+	}, args)
+	return o, err
+}
+
+// parseTimeout takes a whole number of seconds that fits a C int. Blanks around it, a '+' and leading
+// zeros are fine, as strtol(3) takes them; unlike the C daemon, text behind the number is not.
+func parseTimeout(s string) (time.Duration, error) {
+	n, err := strconv.ParseInt(strings.TrimSpace(s), 10, 64)
+	if err != nil || n < 0 || n > math.MaxInt32 {
+		return 0, &startError{exitUsage, fmt.Errorf("invalid value for timeout: %q is not a whole number of seconds from 0 (no timeout) to %d", s, math.MaxInt32)}
+	}
+	return time.Duration(n) * time.Second, nil
+}
+
+// printUsage writes the help text; name is the program's name as typed.
+func printUsage(w io.Writer, name string, p paths) {
+	config, pidFile, sockets := p.config, p.pidFile, p.lockSocket+"\n      "+p.adminSocket
+	if p.err != nil {
+		config, pidFile, sockets = "unknown: "+p.err.Error(), "unknown", "unknown"
+	}
+	fmt.Fprintf(w, `
+Usage:
+  %s [options]
+
+Options:
+  -h | --help            Show this text.
+  -v | --verbose         Log what happens (level info).
+  -d | --daemon          Run in the background.
+  -t | --timeout <secs>  End after so many seconds without client and without lock.
+  -f | --config <file>   Read this configuration file.
+  -V | --version         Show the versions.
+  -p | --pid-file <file> Write this PID file; an empty name means none.
+
+libvirt lock management daemon:
+
+  Default paths:
+
+    Configuration file (unless overridden by -f):
+      %s
+
+    Sockets:
+      %s
+
+    PID file (unless overridden by -p):
+      %s
+
+`, name, config, sockets, pidFile)
+}
+
+// printVersion writes the libvirt release that we speak, in the form that scripts know, then our own
+// version, by which the two daemons can be told apart.
+func printVersion(w io.Writer, name string) {
+	fmt.Fprintf(w, "%s (libvirt) %s\nvirtlockd (Go) %s (%s)\n", name, buildinfo.LibvirtVersion, buildinfo.Version, buildinfo.CommitName())
+}
