@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+# make build     static binaries in bin/
+# make demo      two hosts, real libvirtd and QEMU, in private namespaces (root, Debian 12)
+# make test      install what the tests need, then all tests (root, Debian 12)
+# make bench     benchmarks of the packages
+# make fuzz      each fuzz test for FUZZTIME
+# make lint      gofmt, go vet, staticcheck
+# make install   into DESTDIR
+
+# The libvirt release whose behaviour we speak; virt-admin and --version say it.
+LIBVIRT_VERSION ?= 9.0.0
+VERSION ?= 0.1.0
+COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
+
+PREFIX ?= /usr
+SBINDIR ?= $(PREFIX)/sbin
+MANDIR ?= $(PREFIX)/share/man
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+SYSCONFDIR ?= /etc
+RUNSTATEDIR ?= /run
+LOCALSTATEDIR ?= /var
+DESTDIR ?=
+
+GO ?= go
+FUZZTIME ?= 10s
+TESTFLAGS ?=
+
+INFO = virtlockd/internal/buildinfo
+LDFLAGS = -s -w \
+	-X $(INFO).LibvirtVersion=$(LIBVIRT_VERSION) \
+	-X $(INFO).Version=$(VERSION) \
+	-X $(INFO).Commit=$(COMMIT) \
+	-X $(INFO).Sysconfdir=$(SYSCONFDIR) \
+	-X $(INFO).Runstatedir=$(RUNSTATEDIR) \
+	-X $(INFO).Localstatedir=$(LOCALSTATEDIR)
+BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+
+# The race detector watches the packages whose code runs in the test's own process; the tests of the
+# whole daemon run the real binary.
+RACED = ./cmd/... ./internal/...
+UNITS = virtlockd.service virtlockd.socket virtlockd-admin.socket
+
+.PHONY: all build demo test bench fuzz lint install setup clean
+
+all: build
+
+build:
+	$(BUILD) -o bin/ ./cmd/...
+
+setup:
+	test/setup
+
+demo: build
+	test/demo/run
+
+test: setup build
+	$(GO) test -race -timeout 10m $(TESTFLAGS) $(RACED)
+	$(GO) test -timeout 15m $(TESTFLAGS) $$($(GO) list ./... | grep -vE '^virtlockd/(cmd|internal)(/|$$)')
+
+bench:
+	$(GO) test -run '^$$' -bench . -benchmem ./...
+
+# One fuzz test at a time is all that "go test -fuzz" takes.
+fuzz:
+	set -e; for pkg in $$($(GO) list ./...); do \
+		for name in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+			echo "$$pkg $$name"; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+lint:
+	test -z "$$(gofmt -l . | tee /dev/stderr)"
+	$(GO) vet ./...
+	$(GO) build -C tools -o ../bin/tools/ honnef.co/go/tools/cmd/staticcheck
+	bin/tools/staticcheck ./...
+
+install: build
+	install -D -m 0755 bin/virtlockd '$(DESTDIR)$(SBINDIR)/virtlockd'
+	install -D -m 0644 man/virtlockd.8 '$(DESTDIR)$(MANDIR)/man8/virtlockd.8'
+	test -e '$(DESTDIR)$(SYSCONFDIR)/libvirt/virtlockd.conf' || \
+		install -D -m 0644 packaging/virtlockd.conf '$(DESTDIR)$(SYSCONFDIR)/libvirt/virtlockd.conf'
+	install -d '$(DESTDIR)$(UNITDIR)' '$(DESTDIR)$(LOCALSTATEDIR)/log/libvirt'
+	for unit in $(UNITS); do \
+		sed -e 's|@SBINDIR@|$(SBINDIR)|g' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|g' -e 's|@RUNSTATEDIR@|$(RUNSTATEDIR)|g' \
+			packaging/systemd/$$unit.in > '$(DESTDIR)$(UNITDIR)'/$$unit || exit 1; \
+		chmod 0644 '$(DESTDIR)$(UNITDIR)'/$$unit; \
+	done
+
+clean:
+	rm -rf bin
