@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package vmhost
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Lock is one record lock in the kernel's table.
+type Lock struct {
+	Kind      string // "POSIX" or "OFDLCK"
+	Exclusive bool
+	PID       int // of the locker in this process's pid namespace; -1 for OFD locks
+}
+
+// Mode returns "exclusive" or "shared".
+func (l Lock) Mode() string {
+	if l.Exclusive {
+		return "exclusive"
+	}
+	return "shared"
+}
+
+// fileID is a file as /proc/locks names it.
+type fileID struct {
+	major, minor uint32
+	ino          uint64
+}
+
+// LockTable is a view of the kernel's locks on byte 0 of files, the byte that lock daemons use. (libvirtd locks byte 1 of an
+// image, QEMU bytes 100 to 203.)
+type LockTable map[fileID][]Lock
+
+// ReadLocks reads /proc/locks. Waiting requests are left out.
+func ReadLocks() (LockTable, error) {
+	f, err := os.Open("/proc/locks")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	table := LockTable{}
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		// 7: POSIX  ADVISORY  WRITE 4711 fe:00:131091 0 0
+		w := strings.Fields(lines.Text())
+		if len(w) != 8 || (w[1] != "POSIX" && w[1] != "OFDLCK") || w[6] != "0" || w[7] != "0" {
+			continue
+		}
+		pid, err := strconv.Atoi(w[4])
+		if err != nil {
+			return nil, fmt.Errorf("/proc/locks: %q: %w", lines.Text(), err)
+		}
+		var id fileID
+		if _, err := fmt.Sscanf(w[5], "%x:%x:%d", &id.major, &id.minor, &id.ino); err != nil {
+			return nil, fmt.Errorf("/proc/locks: %q: %w", lines.Text(), err)
+		}
+		table[id] = append(table[id], Lock{w[1], w[3] == "WRITE", pid})
+	}
+	return table, lines.Err()
+}
+
+// On returns the locks on the file at path, which may be a block device's node. No such file, no locks.
+func (t LockTable) On(path string) []Lock {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil {
+		return nil
+	}
+	return t[fileID{unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino}]
+}
+
+// Below returns the locked files in a directory tree: path relative to dir to locks.
+func (t LockTable) Below(dir string) (map[string][]Lock, error) {
+	found := map[string][]Lock{}
+	err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		if os.IsNotExist(err) {
+			return nil // files come and go
+		}
+		if err != nil || e.IsDir() {
+			return err
+		}
+		if locks := t.On(path); len(locks) > 0 {
+			rel, err := filepath.Rel(dir, path)
+			if err != nil {
+				return err
+			}
+			found[rel] = locks
+		}
+		return nil
+	})
+	return found, err
+}
