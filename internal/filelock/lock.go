@@ -4,6 +4,7 @@ package filelock
 
 import (
 	"fmt"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -13,10 +14,11 @@ import (
 type Lock struct {
 	files  *Files
 	id     FileID
-	path   string  // as given, for logs
-	mount  string  // whom a worker works for; "" if it is direct
-	holder *worker // whose process has the lock: only POSIX ones on remote files
-	fd     int32   // the locked file, or the cell that it lies in
+	path   string        // as given, for logs
+	mount  string        // whom a worker works for; "" if it is direct
+	holder *worker       // whose process has the lock: only POSIX ones on remote files
+	fd     int32         // the locked file, or the cell that it lies in
+	shares *atomic.Int32 // how many Locks share this one open file description; nil: it has it alone
 	mode   Mode
 	kind   Kind
 }
@@ -109,13 +111,15 @@ func (l *Lock) lockDirect(o *op, path string, create bool) (out outcome, device 
 // openDirect opens the file that is split in the scratch, in its directory.
 func (l *Lock) openDirect(o *op, dir int, create bool) (fd int, out outcome, device string, err error) {
 	var errno syscall.Errno
-	for range 1000 {
-		if create {
-			// A new one can't be a device, nor a link.
-			if fd, errno = o.openAt(dir, unix.O_CREAT|unix.O_EXCL); errno != unix.EEXIST {
-				break
-			}
+	flags := uintptr(0)
+	if create {
+		// A new one can't be a device, nor a link.
+		flags = unix.O_CREAT
+		if fd, errno = o.openAt(dir, unix.O_CREAT|unix.O_EXCL); errno == 0 {
+			return fd, done, "", nil
 		}
+	}
+	if !create || errno == unix.EEXIST {
 		// To open a device may take for ever, so look first.
 		var info fileInfo
 		if info, errno = o.statAt(dir); errno == 0 {
@@ -132,18 +136,18 @@ func (l *Lock) openDirect(o *op, dir int, create bool) (fd int, out outcome, dev
 			if l.files.posix.conflicts(info.id, l.mode) {
 				return -1, done, "", l.lockError(unix.EAGAIN)
 			}
-			if fd, errno = o.openAt(dir, 0); errno == unix.ELOOP {
-				return -1, atLink, "", nil
-			}
 		}
-		if errno != unix.ENOENT || !create {
-			break
+		if errno == 0 || create && errno == unix.ENOENT {
+			fd, errno = o.openAt(dir, flags)
 		}
 	}
-	if errno != 0 {
-		return -1, done, "", &Error{OpOpen, l.path, errno}
+	switch errno {
+	case 0:
+		return fd, done, "", nil
+	case unix.ELOOP:
+		return -1, atLink, "", nil
 	}
-	return fd, done, "", nil
+	return -1, done, "", &Error{OpOpen, l.path, errno}
 }
 
 // memMajor is the major number of /dev/null, /dev/zero and their like.
@@ -203,6 +207,11 @@ func (l *Lock) giveUp(o *op, unlink func() error) (err error) {
 func (l *Lock) Release(unlink string) error {
 	o := l.files.begin("release", l.path)
 	defer l.files.end(o)
+	if l.shares != nil && l.shares.Add(-1) > 0 {
+		unix.Close(int(l.fd)) // the file or the cell: the kernel's lock is the others' too
+		l.fd = -1
+		return nil
+	}
 	if l.mount != "" {
 		return l.releaseRemote(o, unlink)
 	}

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package filelock
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/state"
+)
+
+// State returns what another binary in this process needs to go on with the lock: the
+// descriptor of the file, or of the cell that it lies in, and what is known of the file.
+func (l *Lock) State() (fd int, file state.File) {
+	return int(l.fd), state.File{
+		Dev: l.id.Dev, Ino: l.id.Ino, Block: l.id.Block,
+		POSIX: l.kind == POSIX, Remote: l.mount != "",
+	}
+}
+
+// Peek opens the file of a remote lock in this process, for a reader that knows nothing of cells:
+// the C daemon. Close it if it is not handed over.
+func (l *Lock) Peek() (int, error) {
+	fd, errno := peekIntoCell(int(l.fd))
+	if errno != 0 {
+		return -1, &Error{OpStore, l.path, errno}
+	}
+	return fd, nil
+}
+
+// Finding says how a lock was found that was taken over.
+type Finding uint8
+
+const (
+	Kept     Finding = iota // as it should be
+	Regained                // nobody had it: it had been lost, and was taken again
+	Weakened                // a sharer came in while it was converted: it is shared until Strengthen works
+	Lost                    // somebody else has a conflicting lock
+)
+
+func (f Finding) String() string {
+	return [...]string{"kept", "regained", "weakened", "lost"}[f]
+}
+
+// A Takeover collects the locks that this process had before its binary was replaced.
+type Takeover struct {
+	files *Files
+	known map[inode][]*Lock
+}
+
+// inode is what the kernel tells locks apart by; two device nodes of one disk are two.
+type inode struct{ dev, ino uint64 }
+
+// Takeover begins to take locks over. It is used by one goroutine.
+func (f *Files) Takeover() *Takeover {
+	return &Takeover{files: f, known: map[inode][]*Lock{}}
+}
+
+// Ours takes over a lock that our own daemon had. fd is the Takeover's from now on, if there is no
+// error. The error says that fd is not what the state says; it is left open then, since
+// closing it could drop a lock.
+func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock, Finding, error) {
+	id := FileID{Dev: file.Dev, Ino: file.Ino, Block: file.Block}
+	l := &Lock{files: t.files, id: id, path: path, fd: int32(fd), mode: mode}
+	fail := func(err error) (*Lock, Finding, error) {
+		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, err)
+	}
+	if file.Remote {
+		if err := isCell(fd); err != nil {
+			return fail(err)
+		}
+		unix.CloseOnExec(fd)
+		points, err := t.files.mounts.get()
+		if err != nil {
+			return fail(err)
+		}
+		if l.mount, _ = points.find(path); id.Block {
+			l.mount = deviceName(id.Dev)
+		}
+		return l, Kept, t.rejoin(l)
+	}
+	var s scratch
+	info, errno := s.fstat(fd)
+	switch {
+	case errno != 0:
+		return fail(errno)
+	case info.id != id:
+		return fail(fmt.Errorf("it is file %d:%d, not %d:%d", info.id.Dev, info.id.Ino, id.Dev, id.Ino))
+	}
+	unix.CloseOnExec(fd)
+	// Ours already, so it is granted; if it is not, it was lost.
+	if errno := s.setLock(fd, unix.F_OFD_SETLK, lockType(mode)); errno != 0 {
+		return l, Lost, nil
+	}
+	return l, Kept, t.rejoin(l)
+}
+
+// rejoin finds out whether l shares its open file description with a Lock that was taken over before, as
+// share made it in an earlier life of this process.
+func (t *Takeover) rejoin(l *Lock) error {
+	key := inode{l.id.Dev, l.id.Ino}
+	for _, other := range t.known[key] {
+		same, err := l.sameDescription(other)
+		if err != nil {
+			return fmt.Errorf("cannot tell whether two names share the lock on %q: %w", l.path, err)
+		}
+		if same {
+			l.join(other)
+			break
+		}
+	}
+	t.known[key] = append(t.known[key], l)
+	return nil
+}
+
+func (l *Lock) join(other *Lock) {
+	if other.shares == nil {
+		other.shares = new(atomic.Int32)
+		other.shares.Store(1)
+	}
+	l.shares = other.shares
+	l.shares.Add(1)
+}
+
+// sameDescription compares the open file descriptions of two locks (kcmp(2), KCMP_FILE).
+func (l *Lock) sameDescription(other *Lock) (bool, error) {
+	var fds [2]int
+	for i, lock := range []*Lock{l, other} {
+		fds[i] = int(lock.fd)
+		if lock.mount != "" {
+			fd, err := lock.Peek()
+			if err != nil {
+				return false, err
+			}
+			defer unix.Close(fd)
+			fds[i] = fd
+		}
+	}
+	const kcmpFile = 0
+	pid := uintptr(os.Getpid())
+	order, _, errno := unix.Syscall6(unix.SYS_KCMP, pid, pid, kcmpFile, uintptr(fds[0]), uintptr(fds[1]), 0)
+	if errno != 0 {
+		return false, os.NewSyscallError("kcmp", errno)
+	}
+	return order == 0, nil
+}
+
+// C takes over a lock that the C daemon had in this process: a POSIX record lock becomes an
+// OFD lock, and at no instant could anybody else take the file exclusively:
+//
+//	POSIX write -> POSIX read   in place
+//	            -> OFD read     beside it
+//	drop POSIX                  closing any descriptor of the file is harmless from here on
+//	            -> OFD write    in place; a sharer that came in refuses this: Weakened
+//
+// A file that the C daemon let two names own, which it cannot tell apart, has one lock in the
+// kernel: the Locks share it. fd is the Takeover's from now on, if there is no error.
+//
+// It may block, if the file is on a disk that hangs.
+func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
+	var s scratch
+	info, errno := s.fstat(fd)
+	if errno != 0 {
+		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, errno)
+	}
+	unix.CloseOnExec(fd)
+	l := &Lock{files: t.files, id: info.id, path: path, fd: int32(fd), mode: mode}
+	key := inode{uint64(s.st.Dev), s.st.Ino} //nolint:unconvert // other widths on other architectures
+	if first := t.known[key]; first != nil {
+		return t.share(&s, l, first[0], key)
+	}
+	found, errno := s.convert(fd, l)
+	if errno != 0 {
+		return nil, Lost, fmt.Errorf("cannot make the POSIX lock on %q an OFD lock: %w", path, errno)
+	}
+	t.known[key] = []*Lock{l}
+	if err := t.store(l, fd, info); err != nil {
+		return nil, Lost, err
+	}
+	return l, found, nil
+}
+
+// share makes l a second Lock on the open file description of first.
+func (t *Takeover) share(s *scratch, l, first *Lock, key inode) (*Lock, Finding, error) {
+	var copied int
+	var errno syscall.Errno
+	if first.mount == "" {
+		var err error
+		copied, err = unix.FcntlInt(uintptr(first.fd), unix.F_DUPFD_CLOEXEC, 3)
+		errno = toErrno(err)
+	} else {
+		copied, errno = peekIntoCell(int(first.fd))
+	}
+	if errno != 0 {
+		return nil, Lost, fmt.Errorf("cannot share the lock on %q: %w", l.path, errno)
+	}
+	found := Kept
+	if l.mode == Exclusive && first.mode == Shared {
+		if s.setLock(copied, unix.F_OFD_SETLK, unix.F_WRLCK) == 0 {
+			for _, other := range t.known[key] {
+				other.mode = Exclusive
+			}
+		} else {
+			l.mode, found = Shared, Weakened
+		}
+	}
+	// Its own lock went with the first one's conversion.
+	unix.Close(int(l.fd))
+	l.fd = int32(copied)
+	l.join(first)
+	t.known[key] = append(t.known[key], l)
+	if err := t.store(l, copied, fileInfo{id: l.id, mode: s.st.Mode}); err != nil {
+		return nil, Lost, err
+	}
+	return l, found, nil
+}
+
+// store puts the file of a remote lock into a cell, as if a worker had opened it.
+func (t *Takeover) store(l *Lock, fd int, info fileInfo) error {
+	mount, local, err := t.mountOf(fd)
+	if err != nil {
+		return fmt.Errorf("cannot tell where %q lies: %w", l.path, err)
+	}
+	switch {
+	case info.kind() == unix.S_IFBLK:
+		mount = deviceName(info.rdev)
+	case local:
+		return nil
+	}
+	cell, errno := newCell()
+	if errno == 0 {
+		errno = putInCell(cell, fd)
+	}
+	if errno != 0 {
+		return &Error{OpStore, l.path, errno}
+	}
+	l.mount, l.fd = mount, int32(cell)
+	unix.Close(fd)
+	return nil
+}
+
+// mountOf tells the mount that an open file is on, without asking the disk.
+func (t *Takeover) mountOf(fd int) (mount string, local bool, err error) {
+	points, err := t.files.mounts.get()
+	if err != nil {
+		return "", false, err
+	}
+	name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return "", false, err
+	}
+	mount, local = points.find(name)
+	return mount, local, nil
+}
+
+// convert does the steps that C describes. l.mode becomes what the kernel has in the end.
+func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
+	errno := s.setLock(fd, unix.F_OFD_SETLK, lockType(l.mode))
+	if errno != 0 && !refused(errno) {
+		return Lost, errno
+	}
+	found := Kept
+	switch mine, err := s.posixLockIsMine(fd); {
+	case err != 0:
+		return Lost, err
+	case errno != 0 && !mine:
+		return Lost, 0
+	case errno == 0 && l.mode == Exclusive:
+		return Regained, 0 // a POSIX lock of ours would have refused it
+	case errno == 0:
+		// Shared beside our own POSIX lock, or in its stead.
+		if s.fl.Type == unix.F_UNLCK {
+			found = Regained // nothing at all was there
+		}
+		return found, s.setLock(fd, unix.F_SETLK, unix.F_UNLCK)
+	}
+	// Exclusive; also where a shared one is refused, because another name of the file has made
+	// the process's only lock on it exclusive.
+	l.mode = Exclusive
+	for _, step := range []struct {
+		cmd  int
+		kind int16
+	}{{unix.F_SETLK, unix.F_RDLCK}, {unix.F_OFD_SETLK, unix.F_RDLCK}, {unix.F_SETLK, unix.F_UNLCK}} {
+		if errno := s.setLock(fd, step.cmd, step.kind); errno != 0 {
+			return Lost, errno
+		}
+	}
+	if errno := s.setLock(fd, unix.F_OFD_SETLK, unix.F_WRLCK); errno != 0 {
+		l.mode = Shared
+		return Weakened, 0
+	}
+	return Kept, 0
+}
+
+// posixLockIsMine tells whether the lock that would refuse an exclusive one on fd is a POSIX lock of
+// this process.
+func (s *scratch) posixLockIsMine(fd int) (bool, syscall.Errno) {
+	s.fl = unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &s.fl); err != nil {
+		return false, toErrno(err)
+	}
+	return s.fl.Type != unix.F_UNLCK && int(s.fl.Pid) == os.Getpid(), 0
+}
+
+// Strengthen makes a lock exclusive that was Weakened, and tells whether it is now.
+func (l *Lock) Strengthen() bool {
+	fd := int(l.fd)
+	if l.mount != "" {
+		var errno syscall.Errno
+		if fd, errno = peekIntoCell(fd); errno != 0 {
+			return false
+		}
+		defer unix.Close(fd)
+	}
+	var s scratch
+	if s.setLock(fd, unix.F_OFD_SETLK, unix.F_WRLCK) != 0 {
+		return false
+	}
+	l.mode = Exclusive
+	return true
+}
+
+// peekIntoCell returns a copy of the descriptor that lies in a cell.
+func peekIntoCell(cell int) (int, syscall.Errno) {
+	var data [1]byte
+	oob := make([]byte, unix.CmsgSpace(4))
+	for {
+		_, n, flags, _, err := unix.Recvmsg(cell, data[:], oob, unix.MSG_PEEK|unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return -1, toErrno(err)
+		case flags&unix.MSG_CTRUNC != 0:
+			return -1, unix.EMFILE
+		}
+		return passedFD(oob[:n]), 0
+	}
+}
+
+// isCell tells why fd is no cell with something in it.
+func isCell(fd int) error {
+	kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		return err
+	}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, 0); kind != unix.SOCK_DGRAM || err != nil || n != 1 || fds[0].Revents != unix.POLLIN {
+		return errors.New("it is not a socket that a locked file lies in")
+	}
+	return nil
+}
