@@ -63,7 +63,7 @@ type Client struct {
 	last    bool    // close when the reply is out
 	caller  Program // whose reply is in out; nil: the server's own
 
-	mu   sync.Mutex
+	mu   sync.Mutex    // also held while fd is closed, for others than the active goroutine
 	over bool          // Done is or would be closed
 	done chan struct{} // nil until somebody asks
 
@@ -104,6 +104,14 @@ func (c *Client) Done() <-chan struct{} {
 		}
 	}
 	return c.done
+}
+
+// Over reports whether Done is closed, or would be. The client counts until its last
+// Call has ended, but nothing can be done with it any more.
+func (c *Client) Over() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.over
 }
 
 // finish closes Done.
@@ -205,6 +213,8 @@ func (c *Client) closeDescriptor() {
 		// the peer waiting.
 		_ = unix.Shutdown(c.fd, unix.SHUT_RDWR)
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	unix.Close(c.fd)
 	c.fd = -1
 }

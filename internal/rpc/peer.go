@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,6 +47,30 @@ func (c *Client) PeerPIDFD() (int, error) {
 		return -1, fmt.Errorf("rpc: %s: %w", c, err)
 	}
 	return fd, nil
+}
+
+// maxLabel bounds a security label, in bytes. SELinux, whose labels are the longest, has no limit of
+// its own; /proc shows 4 KiB.
+const maxLabel = 4 << 10
+
+// Label returns the label that the security module of the kernel (SELinux, say) had for the peer
+// when it connected (SO_PEERSEC, unix(7)). "": there is none, or the connection has ended. It may be
+// called from any goroutine.
+func (c *Client) Label() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.fd < 0 {
+		return ""
+	}
+	var b [maxLabel]byte
+	n := uint32(len(b))
+	// It does not block.
+	if _, _, errno := unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(c.fd), unix.SOL_SOCKET, unix.SO_PEERSEC,
+		uintptr(unsafe.Pointer(&b)), uintptr(unsafe.Pointer(&n)), 0); errno != 0 {
+		return ""
+	}
+	label, _, _ := bytes.Cut(b[:n], []byte{0}) // some modules count a NUL at the end
+	return string(label)
 }
 
 // openPeer opens the process that has the number pid, if it is the one that
