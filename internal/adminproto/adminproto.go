@@ -239,7 +239,7 @@ func (p *Program) resolve(pr *procedure, a *args) error {
 		return pr.notFound.server(a.serverName)
 	}
 	if pr.layout.client {
-		a.client = a.server.Client(a.id)
+		a.client = client(a.server, a.id)
 		if a.client == nil {
 			return pr.notFound.client(a.id)
 		}

@@ -249,6 +249,12 @@ func TestClients(t *testing.T) {
 	if err := admin.AdminClientClose("virtlockd", 1); err != nil {
 		t.Fatal(err)
 	}
+	if list, err := admin.AdminClients("virtlockd"); err != nil || len(list) > 0 {
+		t.Errorf("after it was disconnected: %+v, %v", list, err)
+	}
+	if err := admin.AdminClientClose("virtlockd", 1); err == nil {
+		t.Error("it can be disconnected twice")
+	}
 	if _, err := guest.Recv(); !errors.Is(err, wire.ErrClosed) {
 		t.Errorf("guest: %v, want a closed connection", err)
 	}

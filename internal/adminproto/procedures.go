@@ -5,6 +5,7 @@ package adminproto
 import (
 	"log/slog"
 	"os/user"
+	"slices"
 	"strconv"
 
 	"virtlockd/internal/rpc"
@@ -81,12 +82,27 @@ func (p *Program) setThreadPool(c *rpc.Client, a *args, out []byte) ([]byte, err
 	return out, nil
 }
 
+// clients returns those that are connected. One that was disconnected is not shown any more, even if
+// a request of it is still under way.
+func clients(s *rpc.Server) []*rpc.Client {
+	return slices.DeleteFunc(s.Clients(), (*rpc.Client).Over)
+}
+
+// client returns the one with the number, nil if there is none.
+func client(s *rpc.Server, id uint64) *rpc.Client {
+	c := s.Client(id)
+	if c == nil || c.Over() {
+		return nil
+	}
+	return c
+}
+
 func (p *Program) listClients(_ *rpc.Client, a *args, out []byte) ([]byte, error) {
+	clients := clients(a.server)
 	if !a.results {
 		out = xdr.AppendUint32(out, 0)
-		return xdr.AppendUint32(out, uint32(a.server.Count())), nil
+		return xdr.AppendUint32(out, uint32(len(clients))), nil
 	}
-	clients := a.server.Clients()
 	if len(clients) > maxList {
 		return out, tooManyClients(len(clients))
 	}
@@ -99,7 +115,7 @@ func (p *Program) listClients(_ *rpc.Client, a *args, out []byte) ([]byte, error
 
 func (p *Program) lookupClient(_ *rpc.Client, a *args, out []byte) ([]byte, error) {
 	// Here flags are looked at before the client, so it is not found by resolve.
-	c := a.server.Client(a.id)
+	c := client(a.server, a.id)
 	if c == nil {
 		return out, handedOn.client(a.id)
 	}
@@ -145,6 +161,9 @@ func (p *Program) clientInfo(_ *rpc.Client, a *args, out []byte) ([]byte, error)
 		text("unix_group_name", g.Name)
 	}
 	integer("unix_process_id", c.PID())
+	if label := c.Label(); label != "" {
+		text("selinux_context", label)
+	}
 	xdr.AppendUint32(out[:start], n)
 	return out, nil
 }
@@ -174,7 +193,7 @@ func (p *Program) limits(_ *rpc.Client, a *args, out []byte) ([]byte, error) {
 	l := a.server.Limits()
 	return appendUints(out,
 		param{field: maxClients, value: l.MaxClients},
-		param{field: "nclients", value: uint32(a.server.Count())},
+		param{field: "nclients", value: uint32(len(clients(a.server)))},
 		param{field: maxUnauth, value: l.MaxUnauth},
 		param{field: "nclients_unauth"}), nil
 }
