@@ -3,6 +3,7 @@
 package host
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -42,6 +43,10 @@ func Ours(t testing.TB) string {
 		if built.dir, built.err = os.MkdirTemp("", "virtlockd-test-"); built.err != nil {
 			return
 		}
+		// Also for a daemon that runs as somebody else.
+		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
+			return
+		}
 		built.path = filepath.Join(built.dir, "virtlockd")
 		cmd := exec.Command("go", "build", "-o", built.path, "virtlockd/cmd/virtlockd")
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -59,6 +64,10 @@ func Ours(t testing.TB) string {
 func Main(m *testing.M) {
 	if os.Getenv(partEnv) != "" {
 		os.Exit(play())
+	}
+	// These tests wait more than they compute. An explicit -parallel, which is parsed later, has its way.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
 	}
 	code := m.Run()
 	if built.dir != "" {
