@@ -32,7 +32,7 @@ var (
 
 // wireError words an error as the C daemon does. Where it has no such error, the code is the
 // nearest that libvirt has.
-func wireError(err error, a *args) error {
+func wireError(err error, s *session, a *args) error {
 	if wire := (*rpc.Error)(nil); errors.As(err, &wire) {
 		return wire
 	}
@@ -50,6 +50,8 @@ func wireError(err error, a *args) error {
 		return fail(rpc.CodeResourceBusy, busy, "Lockspace resource '%s' is locked", a.name)
 	case errors.Is(err, lockspace.ErrNotLocked):
 		return fail(rpc.CodeResourceBusy, busy, "Lockspace resource '%s' is not locked", a.name)
+	case errors.Is(err, lockspace.ErrNotOwner):
+		return fail(rpc.CodeInternal, internalError, "owner %d does not hold the resource lock", s.owner.PID)
 	case errors.Is(err, lockspace.ErrEscapes):
 		return fail(rpc.CodeInvalidArg, invalidArgument, "Lockspace resource '%s' is outside of lockspace %s", a.name, a.path)
 	case errors.Is(err, filelock.ErrNotDir):

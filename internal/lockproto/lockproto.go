@@ -156,7 +156,7 @@ func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte,
 		err = pr.run(p, c, s, &a)
 	}
 	if err != nil {
-		wire := wireError(err, &a)
+		wire := wireError(err, s, &a)
 		p.log(s, &a, err, wire)
 		return out, wire
 	}
