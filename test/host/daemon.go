@@ -3,6 +3,7 @@
 package host
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -117,7 +118,14 @@ func (h *Host) Start(binary string, o Options) *Daemon {
 	if err != nil {
 		t.Fatalf("daemon does not serve: %v\n%s", err, Shorten(d.Stderr()))
 	}
-	c.Close()
+	defer c.Close()
+	// The daemon closes its side when it has seen the end of ours.
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := c.Recv(); !errors.Is(err, wire.ErrClosed) {
+		t.Fatalf("daemon answers a closed connection: %v %v", m, err)
+	}
 	return d
 }
 
@@ -222,6 +230,26 @@ func (d *Daemon) Signal(sig syscall.Signal) {
 	if err := d.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		d.t.Fatalf("%s to the daemon: %v", sig, err)
 	}
+}
+
+// Pause stops the daemon by SIGSTOP and returns when it stands still.
+func (d *Daemon) Pause() {
+	d.t.Helper()
+	d.Signal(syscall.SIGSTOP)
+	stopped := func() bool {
+		// The state is the first field after the name in parentheses.
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.PID()))
+		return err == nil && strings.HasPrefix(string(b[bytes.LastIndexByte(b, ')')+1:]), " T")
+	}
+	if !Eventually(stopped) {
+		d.t.Fatalf("daemon %d does not stop", d.PID())
+	}
+}
+
+// Continue ends a pause.
+func (d *Daemon) Continue() {
+	d.t.Helper()
+	d.Signal(syscall.SIGCONT)
 }
 
 // Wait waits for the daemon's end and returns how it ended: the exit status, or -1 minus the signal that killed it.

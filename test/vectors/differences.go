@@ -28,7 +28,7 @@ var differences = []Difference{
 	{"D-new-failed", "new-below-file", 3, noLockspace("/tmp/vlv/f/sub", syscall.ENOTDIR, "Not a directory")},
 	{"D-new-failed", "new-below-file", 4, noLockspace("/tmp/vlv/f/sub", syscall.ENOTDIR, "Not a directory")},
 	{"D-new-failed", "new-symlink-dir", 15, noLockspace("/tmp/vlv/dang", syscall.ENOTDIR, "Not a directory")},
-	{"D-new-failed", "lockspace-path-long", 2, noLockspace("/"+strings.Repeat("q", 300), syscall.ENAMETOOLONG, "File name too long")},
+	{"D-new-failed", "lockspace-path-long", 2, noLockspace("/"+strings.Repeat("p", 300), syscall.ENAMETOOLONG, "File name too long")},
 	{"D-new-failed", "new-null-lockspace", 3, notDir("/tmp/vlv/f")},
 	{"D-new-failed", "new-null-lockspace", 7, Success{}},
 	{"D-new-failed", "new-null-lockspace", 8, Success{}},

@@ -11,6 +11,7 @@ const (
 	ProcAdminListServers uint32 = 4
 	ProcAdminListClients uint32 = 8
 	ProcAdminClientClose uint32 = 11
+	ProcAdminGetLimits   uint32 = 12
 )
 
 // LockServer is the name of the server behind the lock socket.

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package weakness
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"virtlockd/test/host"
+	"virtlockd/test/wire"
+)
+
+// memory reads a field of /proc/PID/status in bytes.
+func memory(t *testing.T, d *host.Daemon, field string) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.PID()))
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, field+":"); ok {
+			var kib int
+			_, err := fmt.Sscan(rest, &kib)
+			must(t, err)
+			return kib << 10
+		}
+	}
+	t.Fatalf("no %s in the status of process %d", field, d.PID())
+	return 0
+}
+
+// A length word reserves no memory before the bytes arrive.
+func TestW19LengthWord(t *testing.T) {
+	t.Parallel()
+	const clients, most = 30, 32 << 20
+	_, d := start(t, host.Options{})
+	d.Client(noOne)
+	size := memory(t, d, "VmSize")
+	h := wire.Header{Program: wire.LockProgram, Version: wire.Version, Proc: wire.ProcRegister}
+	for range clients {
+		c := d.Dial("lock")
+		must(t, c.Send(wire.FrameLen(most, h, wire.RegisterArgs(wire.VM(noOne)))))
+	}
+	must(t, d.Client(noOne).Ping())
+	if grown := memory(t, d, "VmSize") - size; grown > clients*most/4 {
+		t.Errorf("the address space has grown by %d MiB", grown>>20)
+	}
+}
+
+// What is sent beyond the largest message that makes sense is not kept.
+func TestW19LongMessages(t *testing.T) {
+	t.Parallel()
+	const clients, length = 24, 8 << 20
+	_, d := start(t, host.Options{})
+	d.Client(noOne)
+	size := memory(t, d, "VmRSS")
+	h := wire.Header{Program: wire.LockProgram, Version: wire.Version, Proc: wire.ProcRegister}
+	// All but the last byte of a message that is answered at its last byte: so it was read until there.
+	args := append(wire.RegisterArgs(wire.VM(noOne)), make([]byte, length)...)
+	var conns []*wire.Conn
+	for range clients {
+		c := d.Dial("lock")
+		f := wire.Frame(h, args)
+		must(t, c.Send(f[:len(f)-1]))
+		conns = append(conns, c)
+	}
+	must(t, d.Client(noOne).Ping())
+	if grown := memory(t, d, "VmRSS") - size; grown > clients*length/4 {
+		t.Errorf("%d unfinished messages of %d MiB take %d MiB", clients, length>>20, grown>>20)
+	}
+	for _, c := range conns {
+		must(t, c.Send([]byte{0}))
+		m, err := c.Recv()
+		must(t, err)
+		must(t, m.Err())
+	}
+}
+
+// The log says that the limit is reached, and which setting to raise.
+func TestW19LimitIsLogged(t *testing.T) {
+	t.Parallel()
+	_, d := start(t, host.Options{Config: "max_clients = 1\n"})
+	one := d.Client(noOne)
+	two := d.Dial("lock")
+	must(t, two.Send(wire.Ping()))
+	eventually(t, "limit is logged", func() bool { return strings.Contains(d.Stderr(), "max_clients") })
+	one.Close()
+	m, err := two.Recv()
+	must(t, err)
+	if !bytes.Equal(m.Raw, wire.Pong()) {
+		t.Errorf("got %s", m)
+	}
+}
+
+// A limit of no client at all is refused at start.
+func TestW19NoClients(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	d := h.Start(host.Ours(t), host.Options{Config: "max_clients = 0\n", NoWait: true})
+	if got := d.Wait(); got <= 0 {
+		t.Errorf("exit status %d", got)
+	}
+	if !strings.Contains(d.Stderr(), "max_clients") {
+		t.Errorf("message does not name the setting:\n%s", d.Stderr())
+	}
+}
+
+// After a crash the daemon starts again.
+func TestW21StaleSockets(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	d.Signal(syscall.SIGKILL)
+	d.Wait()
+	if !h.Exists(d.SocketPath("lock")) {
+		t.Fatal("no stale socket, nothing to test")
+	}
+	d = h.Start(host.Ours(t), host.Options{})
+	must(t, d.Client(noOne).Acquire("", path("a"), wire.Autocreate))
+	if got := d.Stop(); got != 0 {
+		t.Errorf("exit status %d", got)
+	}
+	for _, s := range []string{"lock", "admin"} {
+		if h.Exists(d.SocketPath(s)) {
+			t.Errorf("%s socket is left", s)
+		}
+	}
+}
+
+// What a client sends can't forge lines of the log, nor speak to the terminal of who reads it.
+func TestW21LogInjection(t *testing.T) {
+	t.Parallel()
+	const forged = "2026-01-01 00:00:00.000+0000: 1: error : forged:1 : all is well"
+	_, d := start(t, host.Options{})
+	c := d.Dial("lock")
+	vm := wire.VM(noOne)
+	vm.Name = "vm\n" + forged + "\x1b[31m\r\x07"
+	must(t, c.Register(vm))
+	if err := c.Acquire("", path("missing")+"\n"+forged+"\x1b[2J", 0); wire.AsError(err) == nil {
+		t.Fatalf("got %v", err)
+	}
+	if err := c.Acquire("nowhere\n"+forged+"\x9b", "\x00", 0); wire.AsError(err) == nil {
+		t.Fatalf("got %v", err)
+	}
+	eventually(t, "refusal is logged", func() bool { return strings.Contains(d.Stderr(), "missing") && strings.Contains(d.Stderr(), "nowhere") })
+	for line := range strings.Lines(d.Stderr()) {
+		if strings.HasPrefix(line, forged) {
+			t.Errorf("forged line: %q", line)
+		}
+		for _, r := range strings.TrimSuffix(line, "\n") {
+			if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
+				t.Errorf("control character in %q", line)
+				break
+			}
+		}
+		if strings.ContainsRune(line, 0x9b) || strings.Contains(line, "\x9b") {
+			t.Errorf("control byte in %q", line)
+		}
+	}
+}
+
+// A journal that nobody reads blocks nobody.
+func TestW22StuckJournal(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	const socket = "/run/systemd/journal/socket"
+	h.Must(func() error { return os.MkdirAll("/run/systemd/journal", 0o755) })
+	journal, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: h.Path(socket)})
+	must(t, err)
+	defer journal.Close()
+	d := h.Start(host.Ours(t), host.Options{Config: "log_outputs = \"1:journald\"\n"})
+	c := d.Client(noOne)
+	// The C daemon stops after 166 of them.
+	for range 3000 {
+		if err := c.Acquire("nowhere", "x", 0); wire.AsError(err) == nil {
+			t.Fatalf("got %v", err)
+		}
+	}
+	b := make([]byte, 1<<16)
+	n, err := journal.Read(b)
+	must(t, err)
+	if !bytes.Contains(b[:n], []byte("MESSAGE")) {
+		t.Errorf("the journal got %q", b[:n])
+	}
+	if got := d.Stop(); got != 0 {
+		t.Errorf("exit status %d", got)
+	}
+}
