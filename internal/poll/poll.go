@@ -17,6 +17,7 @@ package poll
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -251,8 +252,7 @@ func (p *Poller) stop() {
 	}
 	p.stopped = true
 	// Writing to an eventfd fails only at 2^64-1.
-	one := [8]byte{7: 1}
-	_, _ = unix.Write(p.wakefd, one[:])
+	_, _ = unix.Write(p.wakefd, binary.NativeEndian.AppendUint64(nil, 1))
 }
 
 // loop waits for one event at a time. It is counted in waiting and loops by
@@ -274,10 +274,8 @@ func (p *Poller) loop() {
 		if ev.Fd == slotWake {
 			return
 		}
-		p.mu.Lock()
-		s := p.slots[ev.Fd]
-		p.mu.Unlock()
-		if s.gen != ev.Pad || s.h == nil {
+		h := p.lookup(ev.Fd, ev.Pad)
+		if h == nil {
 			continue
 		}
 
@@ -286,11 +284,22 @@ func (p *Poller) loop() {
 			p.loops.Add(1)
 			go p.loop()
 		}
-		s.h.Ready(ev.Events)
+		h.Ready(ev.Events)
 		if !p.waitAgain() {
 			return
 		}
 	}
+}
+
+// lookup returns the handler that an event is for, nil if its registration is
+// gone.
+func (p *Poller) lookup(slot, gen int32) Handler {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s := &p.slots[slot]; s.gen == gen {
+		return s.h
+	}
+	return nil
 }
 
 // waitAgain counts this goroutine as waiting, unless enough others wait.

@@ -148,6 +148,10 @@ func NewServer(p *poll.Poller, cfg Config) *Server {
 		limits:  Limits{cfg.MaxClients, cfg.MaxUnauth},
 	}
 	s.gone.L = &s.mu
+	// Made now, although it is for later: with the first timer the runtime opens
+	// descriptors of its own, and it ends the process if there are none left.
+	s.retry = time.AfterFunc(time.Hour, s.resume)
+	s.retry.Stop()
 	for _, program := range cfg.Programs {
 		number, version := program.ID()
 		s.programs = append(s.programs, programEntry{number, version, program})
@@ -217,9 +221,7 @@ func (s *Server) Shutdown() {
 	s.closing = true
 	listeners := s.listeners
 	s.listeners = nil
-	if s.retry != nil {
-		s.retry.Stop()
-	}
+	s.retry.Stop()
 	s.mu.Unlock()
 	for _, l := range listeners {
 		l.close()
@@ -323,11 +325,7 @@ func (s *Server) exhausted(l *listener, errno unix.Errno) {
 	l.rest = restExhausted
 	said := s.emptySaid
 	s.emptySaid = true
-	switch {
-	case s.closing:
-	case s.retry == nil:
-		s.retry = time.AfterFunc(acceptRetry, s.resume)
-	default:
+	if !s.closing {
 		s.retry.Reset(acceptRetry)
 	}
 	s.mu.Unlock()

@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package poll
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const patience = 20 * time.Second
+
+func TestMain(m *testing.M) {
+	goroutines, files := runtime.NumGoroutine(), openFiles()
+	code := m.Run()
+	for end := time.Now().Add(patience); code == 0 && runtime.NumGoroutine() > goroutines; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			fmt.Printf("%d goroutines at the start, %d at the end\n", goroutines, runtime.NumGoroutine())
+			code = 1
+		}
+	}
+	if n := openFiles(); code == 0 && n > files {
+		fmt.Printf("%d descriptors at the start, %d at the end\n", files, n)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func openFiles() int {
+	// The runtime's own poller comes with the first pipe or timer, and stays.
+	time.AfterFunc(0, func() {})
+	entries, _ := os.ReadDir("/proc/self/fd")
+	return len(entries)
+}
+
+// start returns a running poller that ends with the test.
+func start(t testing.TB) *Poller {
+	t.Helper()
+	p, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan error, 1)
+	go func() { ran <- p.Run(context.Background()) }()
+	t.Cleanup(func() {
+		p.Close()
+		if err := <-ran; err != nil && err != ErrClosed {
+			t.Error("Run: ", err)
+		}
+	})
+	return p
+}
+
+// handler calls a function.
+type handler func(events uint32)
+
+func (h handler) Ready(events uint32) { h(events) }
+
+// eventfd returns a descriptor that is readable while its count is not zero.
+func eventfd(t testing.TB, count uint) int {
+	t.Helper()
+	fd, err := unix.Eventfd(count, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+func raise(t testing.TB, fd int) {
+	t.Helper()
+	if _, err := unix.Write(fd, binary.NativeEndian.AppendUint64(nil, 1)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func await[T any](t testing.TB, ch <-chan T, what string) (v T) {
+	t.Helper()
+	select {
+	case v = <-ch:
+	case <-time.After(patience):
+		t.Fatal("waited in vain for ", what)
+	}
+	return v
+}
+
+func TestEvents(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	fd := eventfd(t, 0)
+	got := make(chan uint32, 10)
+	tok, err := p.Add(fd, unix.EPOLLIN|unix.EPOLLET, handler(func(e uint32) { got <- e }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		raise(t, fd)
+		if e := await(t, got, "an event"); e != unix.EPOLLIN {
+			t.Errorf("events 0x%x", e)
+		}
+	}
+	if err := p.Modify(tok, fd, unix.EPOLLOUT|unix.EPOLLONESHOT); err != nil {
+		t.Fatal(err)
+	}
+	if e := await(t, got, "an event that holds already"); e != unix.EPOLLOUT {
+		t.Errorf("events 0x%x", e)
+	}
+	if err := p.Modify(tok, fd, unix.EPOLLOUT|unix.EPOLLONESHOT); err != nil {
+		t.Fatal(err)
+	}
+	await(t, got, "the event again")
+	if err := p.Remove(tok, fd); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Remove(tok, fd); err != nil {
+		t.Error("removing twice: ", err)
+	}
+	if err := p.Modify(tok, fd, unix.EPOLLIN); err == nil {
+		t.Error("modified what was removed")
+	}
+	if len(got) > 0 {
+		t.Error("more events than reasons")
+	}
+}
+
+func TestAddErrors(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	h := handler(func(uint32) {})
+	if _, err := p.Add(-1, unix.EPOLLIN, h); err == nil {
+		t.Error("added descriptor -1")
+	}
+	if len(p.free) != 1 {
+		t.Errorf("%d free slots after the failure, want 1", len(p.free))
+	}
+	p.Close()
+	if _, err := p.Add(eventfd(t, 0), unix.EPOLLIN, h); err != ErrClosed {
+		t.Errorf("adding after the end: %v", err)
+	}
+	if err := p.Modify(Token{1, 1}, 0, unix.EPOLLIN); err != ErrClosed {
+		t.Errorf("modifying after the end: %v", err)
+	}
+}
+
+// TestStale: the events of a registration that is gone reach nobody, although
+// slot and descriptor have a new user.
+func TestStale(t *testing.T) {
+	t.Parallel()
+	p, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	fd := eventfd(t, 0)
+	old, err := p.Add(fd, unix.EPOLLIN, handler(func(uint32) { t.Error("the old handler was called") }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Remove(old, fd); err != nil {
+		t.Fatal(err)
+	}
+	if h := p.lookup(old.slot, old.gen); h != nil {
+		t.Error("found after it was removed")
+	}
+	tok, err := p.Add(fd, unix.EPOLLIN, handler(func(uint32) {}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tok.slot != old.slot || tok.gen == old.gen {
+		t.Errorf("token %v after %v", tok, old)
+	}
+	if h := p.lookup(old.slot, old.gen); h != nil {
+		t.Error("an event of the old registration finds the new one")
+	}
+	if h := p.lookup(tok.slot, tok.gen); h == nil {
+		t.Error("the new registration is not found")
+	}
+	if err := p.Remove(old, fd); err != nil || p.lookup(tok.slot, tok.gen) == nil {
+		t.Error("the old token has removed the new registration")
+	}
+}
+
+// TestBlocked: handlers that block keep nobody from being called, and leave no
+// more goroutines behind than before.
+func TestBlocked(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	release := make(chan struct{})
+	entered := make(chan struct{}, 100)
+	for range 50 {
+		fd := eventfd(t, 1)
+		if _, err := p.Add(fd, unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) {
+			entered <- struct{}{}
+			<-release
+		})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 50 {
+		await(t, entered, "a handler")
+	}
+	quick := make(chan uint32)
+	fd := eventfd(t, 1)
+	if _, err := p.Add(fd, unix.EPOLLIN|unix.EPOLLET, handler(func(e uint32) { quick <- e })); err != nil {
+		t.Fatal(err)
+	}
+	await(t, quick, "one more handler")
+	close(release)
+	for end := time.Now().Add(patience); p.waiting.Load() > p.idle; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines wait, want at most %d", p.waiting.Load(), p.idle)
+		}
+	}
+	raise(t, fd)
+	await(t, quick, "a handler after the rush")
+}
+
+// TestEveryEvent: with many descriptors and goroutines each event is delivered
+// exactly once.
+func TestEveryEvent(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	const descriptors, rounds = 20, 500
+	var wg sync.WaitGroup
+	var total atomic.Int32
+	for range descriptors {
+		fd := eventfd(t, 0)
+		got := make(chan struct{}, rounds)
+		if _, err := p.Add(fd, unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) {
+			total.Add(1)
+			got <- struct{}{}
+		})); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			for range rounds {
+				raise(t, fd)
+				await(t, got, "an event")
+			}
+		})
+	}
+	wg.Wait()
+	if n := total.Load(); n != descriptors*rounds {
+		t.Errorf("%d events, want %d", n, descriptors*rounds)
+	}
+}
+
+func TestRun(t *testing.T) {
+	t.Parallel()
+	t.Run("ends with its context", func(t *testing.T) {
+		t.Parallel()
+		p, err := New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		ctx, cancel := context.WithCancel(context.Background())
+		ran := make(chan error)
+		go func() { ran <- p.Run(ctx) }()
+		cancel()
+		if err := await(t, ran, "Run"); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("waits for handlers", func(t *testing.T) {
+		t.Parallel()
+		p := start(t)
+		release, entered := make(chan struct{}), make(chan struct{})
+		if _, err := p.Add(eventfd(t, 1), unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) {
+			close(entered)
+			<-release
+		})); err != nil {
+			t.Fatal(err)
+		}
+		await(t, entered, "the handler")
+		var released atomic.Bool
+		closed := make(chan bool)
+		go func() { p.Close(); closed <- released.Load() }()
+		released.Store(true)
+		close(release)
+		if !await(t, closed, "Close") {
+			t.Error("Close did not wait")
+		}
+	})
+	t.Run("once only", func(t *testing.T) {
+		t.Parallel()
+		p, err := New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Close()
+		p.Close()
+		if err := p.Run(context.Background()); err != ErrClosed {
+			t.Errorf("running after the end: %v", err)
+		}
+	})
+	t.Run("reports why it cannot wait", func(t *testing.T) {
+		t.Parallel()
+		p, err := New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		real := p.epfd
+		p.epfd = -1
+		if err := p.Run(context.Background()); err == nil {
+			t.Error("no error")
+		}
+		p.epfd = real
+		p.Close()
+	})
+}
