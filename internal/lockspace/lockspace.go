@@ -549,15 +549,35 @@ func (t *Table) onFile(op string, req *Request, do func(path string) error) erro
 }
 
 // Close gives up everything, because the daemon is told to stop: one log line for each lock.
-// Call it when no request can come any more. It waits for what is under way.
+// Call it when no request can come any more. What is under way is given up when it has ended: a
+// disk that hangs keeps Close from returning, but no other lock held.
 func (t *Table) Close() {
 	t.mu.Lock()
-	for t.busy > 0 {
-		t.settles.Wait()
+	defer t.mu.Unlock()
+	for {
+		all := t.abandon()
+		switch {
+		case len(all) > 0:
+			t.mu.Unlock()
+			t.giveUpAll(all)
+			t.mu.Lock()
+		case t.busy > 0:
+			t.settles.Wait()
+		default:
+			return
+		}
 	}
+}
+
+// abandon takes all resources that are held from their holders and returns them, to be given up.
+// t.mu is held.
+func (t *Table) abandon() []*resource {
 	var all []*resource
 	for _, s := range t.spaces {
 		for _, r := range s.resources {
+			if r.state != held {
+				continue
+			}
 			for _, o := range r.holders {
 				t.cfg.Logger.Warn("lock given up because the daemon stops; the guest goes on without protection",
 					"path", s.path(r.name), "", o.Details())
@@ -569,6 +589,5 @@ func (t *Table) Close() {
 			all = append(all, r)
 		}
 	}
-	t.mu.Unlock()
-	t.giveUpAll(all)
+	return all
 }
