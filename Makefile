@@ -34,6 +34,7 @@ LDFLAGS = -s -w \
 	-X $(INFO).Sysconfdir=$(SYSCONFDIR) \
 	-X $(INFO).Runstatedir=$(RUNSTATEDIR) \
 	-X $(INFO).Localstatedir=$(LOCALSTATEDIR)
+BIN = bin/virtlockd
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
 # The race detector watches the packages whose code runs in the test's own process; the tests of the
@@ -77,7 +78,7 @@ lint:
 	bin/tools/staticcheck ./...
 
 install: build
-	install -D -m 0755 bin/virtlockd '$(DESTDIR)$(SBINDIR)/virtlockd'
+	install -D -m 0755 $(BIN) '$(DESTDIR)$(SBINDIR)/virtlockd'
 	install -D -m 0644 man/virtlockd.8 '$(DESTDIR)$(MANDIR)/man8/virtlockd.8'
 	test -e '$(DESTDIR)$(SYSCONFDIR)/libvirt/virtlockd.conf' || \
 		install -D -m 0644 packaging/virtlockd.conf '$(DESTDIR)$(SYSCONFDIR)/libvirt/virtlockd.conf'

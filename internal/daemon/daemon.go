@@ -9,11 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -80,13 +82,13 @@ const (
 // Main runs the daemon with the command line args (with the program's name first) and returns its exit
 // code.
 func Main(args []string) int {
+	settle()
 	stage, waiting := detachStage()
 	if stage == goBetween {
 		return mediate(args, waiting)
 	}
 	signals := catchSignals()
 	defer signals.release()
-	settle()
 
 	name := "virtlockd"
 	if len(args) > 0 {
@@ -125,14 +127,18 @@ func Main(args []string) int {
 	return d.main(err)
 }
 
-// settle makes the process independent of how it was started.
+// settle makes the process independent of how it was started: settings of the Go run-time are for
+// developers, and what happens to be in the environment must not change how a lock daemon works.
 func settle() {
-	// Settings of the Go run-time are for developers; the environment that an init script or a
-	// shell happened to have must not change how a lock daemon works.
-	os.Unsetenv("GODEBUG")
+	// The run-time has read GODEBUG already, so only a new start gets rid of it; the process stays
+	// the same.
+	if _, ok := os.LookupEnv("GODEBUG"); ok {
+		os.Unsetenv("GODEBUG")
+		_ = syscall.Exec(selfPath(), os.Args, os.Environ()) // if it fails, we live with it
+	}
 	// A small heap that is collected a little more often; GOGC and GOMEMLIMIT don't count.
 	debug.SetGCPercent(50)
-	debug.SetMemoryLimit(-1)
+	debug.SetMemoryLimit(math.MaxInt64)
 	raiseFileLimit()
 }
 
@@ -177,6 +183,7 @@ func (d *daemon) main(fault error) int {
 	if err := d.start(fault); err != nil {
 		d.complain(err)
 		d.clean()
+		d.waiting.report(exitCode(err), err.Error()) // nothing is left by now
 		return exitCode(err)
 	}
 	code, ended := d.serve()
@@ -198,10 +205,8 @@ func (d *daemon) clean() {
 	}
 }
 
-// complain says why the daemon can't start: to the log, to who waits, and to stderr if the log doesn't
-// go there.
+// complain says why the daemon can't start: to the log, and to stderr if the log doesn't go there.
 func (d *daemon) complain(err error) {
-	d.waiting.report(exitCode(err), err.Error())
 	if d.log != nil {
 		d.log.Error(err.Error())
 		for _, o := range d.logs.Settings().Outputs {

@@ -122,14 +122,7 @@ func startSelf(args []string, stage, pipe int, attr *syscall.SysProcAttr) (pid i
 	mark := fmt.Sprintf("%s=%d:%d:%d", envDetach, stage, len(files), min(passed, 1))
 	files = append(files, uintptr(pipe))
 
-	// The path and not /proc/self/exe, so that the process has the right name in ps(1).
-	self, err := os.Executable()
-	if err == nil && !sameFile(self, "/proc/self/exe") {
-		err = syscall.ENOENT
-	}
-	if err != nil {
-		self = "/proc/self/exe"
-	}
+	self := selfPath()
 	pid, err = syscall.ForkExec(self, args, &syscall.ProcAttr{
 		Env:   append(os.Environ(), mark),
 		Files: files,
@@ -139,6 +132,16 @@ func startSelf(args []string, stage, pipe int, attr *syscall.SysProcAttr) (pid i
 		return 0, &os.PathError{Op: "exec", Path: self, Err: err}
 	}
 	return pid, nil
+}
+
+// selfPath is where this program can be started again: its path, so that the process has the right name
+// in ps(1), unless another file is there meanwhile.
+func selfPath() string {
+	const link = "/proc/self/exe"
+	if path, err := os.Executable(); err == nil && sameFile(path, link) {
+		return path
+	}
+	return link
 }
 
 func sameFile(a, b string) bool {
@@ -164,20 +167,24 @@ func detach(args []string) error {
 	}
 	r := os.NewFile(uintptr(pipe[0]), "report of the daemon's start")
 	defer r.Close()
-	report, readErr := io.ReadAll(io.LimitReader(r, maxReport))
-
+	err = awaitReport(r)
 	for {
-		_, err := unix.Wait4(pid, nil, 0, nil)
-		if !errors.Is(err, unix.EINTR) {
+		if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
 			break
 		}
 	}
+	return err
+}
+
+// awaitReport waits until the daemon serves clients, or has said why it can't, or has ended.
+func awaitReport(r io.Reader) error {
+	report, err := io.ReadAll(io.LimitReader(r, maxReport))
 	switch {
-	case readErr != nil:
-		return fail(readErr)
+	case err != nil:
+		return &startError{exitUsage, fmt.Errorf("cannot tell whether the daemon runs in the background: %w", err)}
 	case len(report) == 0:
-		return fail(errors.New("it ended before it served clients; run without --daemon to see why"))
-	case report[0] == 0:
+		return &startError{exitUsage, errors.New("the daemon ended before it served clients; run it without --daemon to see why")}
+	case report[0] == exitOK:
 		return nil
 	}
 	return &startError{int(report[0]), errors.New(string(bytes.TrimSpace(report[1:])))}
