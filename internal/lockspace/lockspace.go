@@ -5,7 +5,7 @@
 // A lockspace is a directory of lease files, or the default one, in which a resource is named by
 // its path. A resource that is held has a lock on its file, taken and given up by a Locker. The
 // table's mutex is never held over a system call: a resource whose file is being worked on is in
-// a state of its own (acquiring, releasing), and only requests for that very resource wait.
+// a phase of its own (acquiring, releasing), and only requests for that very resource wait.
 package lockspace
 
 import (
@@ -46,11 +46,11 @@ type Config struct {
 	Changed func()
 }
 
-// state of a resource. One that is not in the table is free.
-type state uint8
+// phase of a resource. One that is not in the table is free.
+type phase uint8
 
 const (
-	acquiring state = iota // its lock is being taken, or it is being deleted
+	acquiring phase = iota // its lock is being taken, or it is being deleted
 	held
 	releasing
 )
@@ -61,10 +61,10 @@ type resource struct {
 	space   *space
 	name    string
 	flags   uint32 // of the first acquisition
-	state   state
+	phase   phase
 	lock    *filelock.Lock
 	holders []*owner.Owner // an owner that acquired twice is listed twice
-	settled chan struct{}  // made by the first that waits for the end of a state, closed then
+	settled chan struct{}  // made by the first that waits for the end of a phase, closed then
 	alias   *resource      // next in Table.files: another name of the same file
 }
 
@@ -92,7 +92,7 @@ type Table struct {
 	files   map[filelock.FileID]*resource // held ones by their file, see resource.alias
 	byOwner map[*owner.Owner][]*resource  // held ones, once for each entry in holders
 	held    int                           // names held
-	settles sync.Cond                     // signalled when a state ends, for Close
+	settles sync.Cond                     // signalled when a phase ends
 	busy    int                           // resources acquiring or releasing
 }
 
@@ -175,7 +175,7 @@ type Client interface {
 	Done() <-chan struct{}
 }
 
-// settle waits, with t.mu held, until r's state has ended. It returns ErrGone when the client
+// settle waits, with t.mu held, until r's phase has ended. It returns ErrGone when the client
 // did not wait that long. The caller looks everything up anew.
 func (t *Table) settle(r *resource, c Client) error {
 	var gone <-chan struct{}
@@ -196,9 +196,9 @@ func (t *Table) settle(r *resource, c Client) error {
 	}
 }
 
-// begin puts a resource into a state that ends with end. t.mu is held.
-func (t *Table) begin(r *resource, s state) {
-	r.state = s
+// begin puts a resource into a phase that ends with end. t.mu is held.
+func (t *Table) begin(r *resource, p phase) {
+	r.phase = p
 	t.busy++
 }
 
@@ -219,7 +219,7 @@ func (t *Table) find(req *Request) (*space, *resource, error) {
 			return nil, nil, ErrNoLockspace
 		}
 		r := s.resources[req.Resource]
-		if r == nil || r.state == held {
+		if r == nil || r.phase == held {
 			return s, r, nil
 		}
 		if err := t.settle(r, req.Client); err != nil {
@@ -282,7 +282,7 @@ func (t *Table) acquire(req *Request) (path string, err error) {
 			return path, nil
 		}
 		// The lock is not kept: whoever holds the file under another name stays its only owner.
-		r.state = releasing
+		r.phase = releasing
 		t.mu.Unlock()
 		t.release(r)
 		t.mu.Lock()
@@ -328,7 +328,7 @@ func (t *Table) admissible(r *resource, o *owner.Owner) error {
 
 // hold enters a resource whose lock was taken. t.mu is held.
 func (t *Table) hold(r *resource, o *owner.Owner) {
-	r.state = held
+	r.phase = held
 	id := r.lock.ID()
 	r.alias = t.files[id]
 	t.files[id] = r
@@ -418,7 +418,7 @@ func (t *Table) releaseOne(req *Request, pid int32, local bool) error {
 	return nil
 }
 
-// giveUp ends a resource without holders that is in state releasing.
+// giveUp ends a resource without holders in phase releasing.
 func (t *Table) giveUp(r *resource) {
 	t.release(r)
 	t.mu.Lock()
@@ -575,7 +575,7 @@ func (t *Table) abandon() []*resource {
 	var all []*resource
 	for _, s := range t.spaces {
 		for _, r := range s.resources {
-			if r.state != held {
+			if r.phase != held {
 				continue
 			}
 			for _, o := range r.holders {

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/poll"
+	"virtlockd/internal/state"
 )
 
 // Details is what a client said of an owner at REGISTER.
@@ -77,6 +78,7 @@ type Owner struct {
 	kind   Kind
 	refs   int // registrations, locks and calls that use it
 	ending bool
+	place  int32         // in the snapshot while the registry is frozen, else state.None
 	died   chan struct{} // closed when the process has ended; nil: unverified
 }
 
@@ -117,6 +119,7 @@ type Registry struct {
 	mu      sync.Mutex
 	byPID   map[int32]*Owner // with a process that lives
 	numbers map[int32]*Owner // unverified
+	placed  []*Owner         // while frozen: the snapshot
 }
 
 // NewRegistry returns an empty one.
@@ -181,7 +184,7 @@ func (r *Registry) number(d *Details) *Owner {
 	defer r.mu.Unlock()
 	o := r.numbers[d.PID]
 	if o == nil {
-		o = &Owner{PID: d.PID, reg: r}
+		o = &Owner{PID: d.PID, reg: r, place: state.None}
 		r.numbers[d.PID] = o
 	}
 	o.details.Store(d)
@@ -195,6 +198,10 @@ func (r *Registry) adopt(d *Details, p *process, kind Kind) (*Owner, error) {
 		p.close()
 		return nil, ErrDead
 	}
+	return r.enter(d, p, kind)
+}
+
+func (r *Registry) enter(d *Details, p *process, kind Kind) (*Owner, error) {
 	r.mu.Lock()
 	known := r.byPID[d.PID]
 	if known != nil && known.proc.ended() {
@@ -213,7 +220,7 @@ func (r *Registry) adopt(d *Details, p *process, kind Kind) (*Owner, error) {
 		p.close()
 		return known, nil
 	}
-	o := &Owner{PID: d.PID, reg: r, proc: p, kind: kind, refs: 1, died: make(chan struct{})}
+	o := &Owner{PID: d.PID, reg: r, proc: p, kind: kind, refs: 1, place: state.None, died: make(chan struct{})}
 	o.details.Store(d)
 	// EPOLL_CTL_ADD does not block. Once only: a pidfd stays readable.
 	token, err := r.cfg.Poller.Add(p.fd, unix.EPOLLIN|unix.EPOLLONESHOT, o)

@@ -199,6 +199,9 @@ func (c *Client) rest() bool {
 			return false
 		}
 		if c.state.CompareAndSwap(st, st&^stateActive) {
+			if c.server.freezing.Load() {
+				c.server.frozenRest()
+			}
 			return true
 		}
 	}

@@ -112,6 +112,11 @@ type Server struct {
 	closing   bool
 	gone      sync.Cond // live has become 0
 
+	// See Freeze.
+	freezing atomic.Bool
+	rested   chan struct{} // a client has come to rest while freezing
+	frozen   []*listener
+
 	// Clients that are to be ended. One goroutine at a time works them off,
 	// in order, so that many disconnects at once leave the others for requests.
 	endMu    sync.Mutex
@@ -146,6 +151,7 @@ func NewServer(p *poll.Poller, cfg Config) *Server {
 		log:     cfg.Logger,
 		clients: make(map[uint64]*Client),
 		limits:  Limits{cfg.MaxClients, cfg.MaxUnauth},
+		rested:  make(chan struct{}, 1),
 	}
 	s.gone.L = &s.mu
 	// Made now, although it is for later: with the first timer the runtime opens
@@ -446,4 +452,7 @@ func (s *Server) ended(c *Client) {
 		s.cfg.Changed()
 	}
 	s.leave()
+	if s.freezing.Load() {
+		s.frozenRest()
+	}
 }

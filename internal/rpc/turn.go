@@ -22,6 +22,7 @@ const (
 	blocked                  // when the peer has read its reply
 	endByPeer                // not at all: the peer has gone
 	endByUs                  // not at all: we close the connection
+	frozen                   // when the server goes on
 )
 
 const (
@@ -45,6 +46,9 @@ func (c *Client) turn() verdict {
 	if c.state.Load()&stateClose != 0 {
 		c.unanswered()
 		return endByUs
+	}
+	if c.server.freezing.Load() {
+		return frozen
 	}
 	if len(c.out) > 0 {
 		if v := c.flush(); v != proceed {
@@ -78,7 +82,7 @@ func (c *Client) pump(w *workspace) verdict {
 	drained := false
 	for {
 		want, v := c.serve(w, &b)
-		if v == blocked || v == starved && drained {
+		if v == blocked || v == frozen || v == starved && drained {
 			return c.store(&b, v)
 		}
 		if v != starved {
@@ -235,6 +239,9 @@ func (c *Client) serve(w *workspace, b *window) (want int, v verdict) {
 			}
 		}
 
+		if c.server.freezing.Load() {
+			return 0, frozen
+		}
 		b.off += size
 		c.dropped, c.fds = 0, 0
 		if v := c.execute(w, &h, args); v != proceed {

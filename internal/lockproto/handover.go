@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package lockproto
+
+import (
+	"fmt"
+
+	"virtlockd/internal/owner"
+	"virtlockd/internal/rpc"
+	"virtlockd/internal/state"
+)
+
+// Save writes what a connection has told us into a snapshot. No call of the client runs meanwhile. place
+// says where an owner stands in the snapshot.
+func (p *Program) Save(c *rpc.Client, place func(*owner.Owner) int32, into *state.Client) {
+	s := c.Session.(*session)
+	into.Restricted = s.restricted
+	into.Self = state.None
+	if s.owner == nil {
+		return
+	}
+	into.Registered = true
+	into.Owner = state.Details(*s.owner)
+	if self := s.self.Load(); self != nil {
+		into.Self = place(self)
+	}
+}
+
+// Restore gives a connection back what it had told us. owners are those of the snapshot, each
+// adopted. The C daemon keeps no proof of who a peer is: the kernel is asked again.
+func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Owner) error {
+	s := &session{restricted: from.Restricted}
+	c.Session = s
+	if !from.Registered {
+		return nil
+	}
+	d := owner.Details(from.Owner)
+	s.owner = &d
+	switch {
+	case from.Self != state.None:
+		self := owners[from.Self]
+		self.Retain()
+		s.self.Store(self)
+	case d.PID > 0 && d.PID == c.PID():
+		pidfd, err := c.PeerPIDFD()
+		if err != nil {
+			return fmt.Errorf("cannot watch the guest %q (pid %d) of client %d: %w", d.Name, d.PID, c.ID(), err)
+		}
+		self, err := p.cfg.Owners.Self(&d, pidfd)
+		if err != nil {
+			return fmt.Errorf("cannot watch the guest %q (pid %d) of client %d: %w", d.Name, d.PID, c.ID(), err)
+		}
+		s.self.Store(self)
+	}
+	return nil
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package lockspace
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"virtlockd/internal/filelock"
+	"virtlockd/internal/owner"
+	"virtlockd/internal/state"
+)
+
+// Freeze stops every change of the table until Thaw, for the time of a hand-over. It first lets what is under way
+// come to its end, but waits no longer than patience for disks that do not answer: those
+// resources are not part of the snapshot, and whoever works on them undoes it.
+func (t *Table) Freeze(patience time.Duration) {
+	expired := false
+	timer := time.AfterFunc(patience, func() {
+		t.mu.Lock()
+		expired = true
+		t.mu.Unlock()
+		t.settles.Broadcast()
+	})
+	defer timer.Stop()
+	t.mu.Lock()
+	for t.busy > 0 && !expired {
+		t.settles.Wait()
+	}
+}
+
+// Thaw ends Freeze.
+func (t *Table) Thaw() { t.mu.Unlock() }
+
+// Snapshot returns all that is held, while the table is frozen. place says where an
+// owner stands in the snapshot. The order is the same for the same content.
+func (t *Table) Snapshot(place func(*owner.Owner) int32) (def []state.Resource, others []state.Lockspace) {
+	for _, dir := range slices.Sorted(maps.Keys(t.spaces)) {
+		s := t.spaces[dir]
+		resources := make([]state.Resource, 0, len(s.resources))
+		for _, r := range s.resources {
+			if r.phase == held {
+				resources = append(resources, r.snapshot(place))
+			}
+		}
+		if dir == "" {
+			def = resources
+		} else {
+			others = append(others, state.Lockspace{Dir: dir, Resources: resources})
+		}
+	}
+	return def, others
+}
+
+func (r *resource) snapshot(place func(*owner.Owner) int32) state.Resource {
+	fd, file := r.lock.State()
+	res := state.Resource{
+		Name: r.name, Path: r.space.path(r.name),
+		FD: int32(fd), Held: true, Flags: r.flags, File: file,
+		Owners: make([]int32, len(r.holders)),
+	}
+	for i, o := range r.holders {
+		res.Owners[i] = place(o)
+	}
+	return res
+}
+
+// Restore adds a lockspace whose directory need not be made, before any request comes.
+func (t *Table) Restore(dir string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.spaces[dir] != nil {
+		return &Error{Op: "restore", Lockspace: dir, Err: ErrExists}
+	}
+	t.spaces[dir] = &space{dir: dir, resources: map[string]*resource{}}
+	return nil
+}
+
+// Adopt enters a resource of a snapshot, whose lock was taken over, before any request comes. Conflicts in the
+// snapshot are not resolved here: an owner that believed to hold a resource keeps it, and nobody
+// else gets in.
+func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lock *filelock.Lock) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	fail := func(err error) error {
+		return &Error{Op: "take over", Lockspace: dir, Resource: res.Name, Path: res.Path, Err: err}
+	}
+	s := t.spaces[dir]
+	switch {
+	case s == nil:
+		return fail(ErrNoLockspace)
+	case s.resources[res.Name] != nil:
+		return fail(ErrExists)
+	case len(owners) == 0:
+		return fail(errors.New("nobody holds it"))
+	case s.path(res.Name) != res.Path:
+		return fail(fmt.Errorf("its path would be %q", s.path(res.Name)))
+	}
+	r := &resource{space: s, name: res.Name, flags: res.Flags, lock: lock, phase: held}
+	s.resources[r.name] = r
+	r.alias = t.files[lock.ID()]
+	t.files[lock.ID()] = r
+	for _, o := range owners {
+		t.addHolder(r, o)
+	}
+	t.held++
+	return nil
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package owner
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/state"
+)
+
+// Freeze stops every change of the registry until Thaw, for the time of a hand-over: no owner comes, goes or
+// dies for us. The lock table is to be frozen before. Between the two, Place and
+// Snapshot may be called, and nothing else.
+func (r *Registry) Freeze() {
+	r.mu.Lock()
+	r.placed = nil
+}
+
+// Thaw ends Freeze.
+func (r *Registry) Thaw() {
+	for _, o := range r.placed {
+		o.place = state.None
+	}
+	r.placed = nil
+	r.mu.Unlock()
+}
+
+// Place returns where in the snapshot an owner stands, and enters it there first if need be:
+// the snapshot has the owners that somebody refers to.
+func (r *Registry) Place(o *Owner) int32 {
+	if o.place == state.None {
+		o.place = int32(len(r.placed))
+		r.placed = append(r.placed, o)
+	}
+	return o.place
+}
+
+// Snapshot returns the owners that were given a place. Their pidfds are ours still.
+func (r *Registry) Snapshot() []state.Owner {
+	all := make([]state.Owner, len(r.placed))
+	for i, o := range r.placed {
+		all[i] = state.Owner{Details: state.Details(*o.Details()), Kind: state.Unverified, PIDFD: state.NoFD}
+		all[i].PID = o.PID
+		if o.proc != nil {
+			all[i].Kind = state.Watched
+			if o.kind == Verified {
+				all[i].Kind = state.Verified
+			}
+			all[i].PIDFD = int32(o.proc.fd)
+		}
+	}
+	return all
+}
+
+// Adopt takes an owner over from a snapshot. What a C daemon knew is a bare number: the process that has it
+// now is watched. An owner that has ended meanwhile is adopted too; its end is noticed as
+// soon as the poller runs. Release it when everything that holds something for it has
+// been adopted.
+func (r *Registry) Adopt(s *state.Owner) (*Owner, error) {
+	d := Details(s.Details)
+	p, err := inherited(s)
+	if err != nil {
+		return nil, err
+	}
+	if p == nil {
+		return r.number(&d), nil
+	}
+	kind := Watched
+	if s.Kind == state.Verified {
+		kind = Verified
+	}
+	o, err := r.enter(&d, p, kind)
+	return o, err
+}
+
+// inherited returns the process of a snapshot's owner, nil if it is only a number.
+func inherited(s *state.Owner) (*process, error) {
+	if s.PIDFD != state.NoFD {
+		if err := isPIDFD(int(s.PIDFD), s.PID); err != nil {
+			return nil, fmt.Errorf("cannot take over owner %d of domain %q: %w", s.PID, s.Name, err)
+		}
+		unix.CloseOnExec(int(s.PIDFD))
+		return &process{pid: s.PID, fd: int(s.PIDFD)}, nil
+	}
+	if s.Kind == state.Unverified || s.PID <= 0 {
+		return nil, nil
+	}
+	p, err := openProcess(s.PID)
+	if err != nil && !noSuchProcess(err) {
+		return nil, fmt.Errorf("cannot watch process %d, the owner of domain %q: %w", s.PID, s.Name, err)
+	}
+	return p, nil
+}
+
+// isPIDFD tells why fd is not a pidfd of that process. Its fdinfo has a line "Pid:", -1 when it has been
+// reaped (proc_pid_fdinfo(5)).
+func isPIDFD(fd int, pid int32) error {
+	info, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
+	if err != nil {
+		return err
+	}
+	for line := range bytes.Lines(info) {
+		if value, ok := bytes.CutPrefix(line, []byte("Pid:")); ok {
+			n, err := strconv.Atoi(string(bytes.TrimSpace(value)))
+			if err == nil && (n == int(pid) || n == -1) {
+				return nil
+			}
+			return fmt.Errorf("descriptor %d is of process %s", fd, bytes.TrimSpace(value))
+		}
+	}
+	return fmt.Errorf("descriptor %d is not a pidfd", fd)
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package rpc
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/state"
+)
+
+// Freeze makes the server stand still for a hand-over to another binary: nobody is accepted, no
+// further request is read or executed, and those that run come to their end, reply included. It
+// waits no longer than patience for them, and returns the clients whose call still runs then. They
+// are not part of the snapshot: their connections end with this binary.
+//
+// Bytes that were read of a request, and bytes of a reply that the peer has not read, stay with
+// the client. Thaw undoes it.
+func (s *Server) Freeze(patience time.Duration) (running []*Client) {
+	s.freezing.Store(true)
+	s.mu.Lock()
+	s.frozen = append(s.frozen, s.listeners...)
+	s.mu.Unlock()
+	for _, l := range s.frozen {
+		l.mu.Lock() // a poller's goroutine that wants to accept waits here
+	}
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
+	for {
+		running = running[:0]
+		for _, c := range s.Clients() {
+			if c.state.Load()&stateActive != 0 {
+				running = append(running, c)
+			}
+		}
+		if len(running) == 0 {
+			return nil
+		}
+		select {
+		case <-s.rested:
+		case <-timeout.C:
+			return running
+		}
+	}
+}
+
+// Thaw ends Freeze: everybody goes on where he stood.
+func (s *Server) Thaw() {
+	s.freezing.Store(false)
+	for _, l := range s.frozen {
+		l.mu.Unlock()
+	}
+	s.frozen = nil
+	for _, c := range s.Clients() {
+		// What came meanwhile was noticed and left alone.
+		if c.state.Or(stateActive|stateEvent)&stateActive == 0 {
+			go c.run()
+		}
+	}
+}
+
+// frozenRest tells Freeze that a client rests. Nobody is waited for: one message is enough.
+func (s *Server) frozenRest() {
+	select {
+	case s.rested <- struct{}{}:
+	default:
+	}
+}
+
+// Snapshot returns what is to be kept of a frozen server. sockets says of each listening socket whether its
+// file is ours to remove. Clients is to be filled by the caller, from each Client's Save.
+func (s *Server) Snapshot(unlink func(fd int) bool) *state.Server {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sv := &state.Server{
+		MaxClients: s.limits.MaxClients, MaxUnauth: s.limits.MaxUnauth,
+		KeepaliveInterval: ^uint32(0), // the daemon sends no PINGs
+		NextClientID:      s.lastID + 1,
+	}
+	for _, l := range s.listeners {
+		sv.Services = append(sv.Services, state.Service{
+			MaxRequests: 1,
+			Sockets:     []state.Socket{{FD: int32(l.fd), Unlink: unlink(l.fd)}},
+		})
+	}
+	return sv
+}
+
+// Save returns what is to be kept of a client of a frozen server that is not running.
+func (c *Client) Save() state.Client {
+	return state.Client{
+		ID: c.id, ConnectTime: c.accepted, FD: int32(c.fd),
+		MaxRequests: 1,
+		Self:        state.None,
+		Unread:      c.in, Dropped: c.dropped,
+		Unsent: c.out, Closing: c.last,
+	}
+}
+
+// Resume sets what a snapshot says of the server itself, before any client comes.
+func (s *Server) Resume(from *state.Server) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limits = Limits{from.MaxClients, from.MaxUnauth}
+	s.lastID = max(s.lastID, from.NextClientID-1)
+}
+
+// Adopt makes a client of a connection of a snapshot. setup gives the program its session back. If there is
+// an error the connection is still the caller's.
+func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
+	fail := func(err error) error {
+		return fmt.Errorf("cannot take over client %d of server %s, descriptor %d: %w", from.ID, s.cfg.Name, from.FD, err)
+	}
+	fd := int(from.FD)
+	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return fail(os.NewSyscallError("getsockopt(SO_PEERCRED)", err))
+	}
+	kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil || kind != unix.SOCK_STREAM {
+		return fail(fmt.Errorf("it is no stream socket: type %d", kind))
+	}
+	up, err := uptime()
+	if err != nil {
+		return fail(err)
+	}
+	unix.CloseOnExec(fd)
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return fail(os.NewSyscallError("fcntl(O_NONBLOCK)", err))
+	}
+	c := &Client{
+		server: s, id: from.ID, fd: fd,
+		accepted: from.ConnectTime, uptime: up,
+		pid: cred.Pid, uid: cred.Uid, gid: cred.Gid,
+		in: from.Unread, dropped: from.Dropped, out: from.Unsent, last: from.Closing,
+	}
+	if age := time.Now().UnixNano() - from.ConnectTime; from.ConnectTime > 0 && age > 0 {
+		c.uptime -= age
+	}
+	c.state.Store(stateActive | stateEvent) // nobody else runs it before it is complete
+	for i := range s.programs {
+		if o, ok := s.programs[i].Program.(Opener); ok {
+			o.Opened(c)
+		}
+	}
+	if err := setup(c); err != nil {
+		return fail(err)
+	}
+	s.mu.Lock()
+	if s.clients[c.id] != nil || c.id == 0 {
+		s.mu.Unlock()
+		return fail(fmt.Errorf("its number is taken"))
+	}
+	s.clients[c.id] = c
+	s.lastID = max(s.lastID, c.id)
+	s.live++
+	s.mu.Unlock()
+	events := uint32(clientEvents)
+	if len(c.out) > 0 {
+		events |= unix.EPOLLOUT
+	}
+	if c.token, err = s.poller.Reserve((*conn)(c)); err == nil {
+		err = s.poller.Start(c.token, fd, events)
+	}
+	if err != nil {
+		s.log.Error("cannot serve "+c.String(), "error", err)
+		c.requestClose()
+	}
+	c.charge()
+	// It may have said something that was read by the binary before us.
+	go c.run()
+	return nil
+}
