@@ -3,7 +3,10 @@
 package libvirt_test
 
 import (
+	"path/filepath"
 	"testing"
+
+	"virtlockd/test/vmhost"
 )
 
 var bothLockspaces = []string{direct, indirect}
@@ -170,5 +173,33 @@ func TestTransient(t *testing.T) {
 			m.state(a, "none")
 			m.locks("ended")
 		}
+	})
+}
+
+// A disk that is a block device, like most in production.
+func TestBlockDevice(t *testing.T) {
+	each(t, bothLockspaces, func(m *machine) {
+		disk, data := "/dev/"+m.daemon.name+"-disk", "/dev/"+m.daemon.name+"-data"
+		m.device(m.loop("disk.raw"), disk)
+		m.device(m.loop("data.raw"), data)
+		diskHeld, dataHeld := filepath.Base(disk)+" exclusive", filepath.Base(data)+" shared"
+		shared := vmhost.Disk{Path: data, Target: "sdb", Shareable: true}
+		a := m.guest("a", vmhost.Disk{Path: disk, Target: "sda"}, shared)
+		b := m.guest("b", m.exclusive("b.raw", "sda"), shared)
+		m.start(a)
+		m.start(b)
+		m.locks("started", diskHeld, dataHeld, "b.raw exclusive")
+		m.booted(a, 1)
+		m.virsh("suspend", a.Name)
+		m.locks("suspended", dataHeld, "b.raw exclusive")
+		release := m.outsider(disk, true)
+		m.virshRefused(m.busy(disk), "resume", a.Name)
+		release()
+		m.virsh("resume", a.Name)
+		m.locks("resumed", diskHeld, dataHeld, "b.raw exclusive")
+		m.signal("KILL", m.pid(a))
+		m.locks("killed", dataHeld, "b.raw exclusive")
+		m.virsh("destroy", b.Name)
+		m.locks("destroyed")
 	})
 }

@@ -23,7 +23,7 @@ import (
 )
 
 // patience is how long a condition may take to come true. Nothing takes nearly as long on a machine that isn't overloaded.
-const patience = 40 * time.Second
+const patience = 8 * time.Second
 
 // A machine is a host as one test sees it: a directory for its disks, the guests that it starts, and the locks on those disks.
 // Its methods end the test if something fails.

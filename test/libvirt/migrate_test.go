@@ -55,21 +55,10 @@ func newRoute(t *testing.T, from, to daemon) *route {
 		to:      newMachine(t, to, indirect, sanHost("second", to)),
 	}
 	name := r.slug + "-" + from.name + "-" + to.name
-	file := r.path(name + ".raw")
-	if err := os.WriteFile(r.host.Path(file), vmhost.BootDisk(), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	loop, err := vmhost.AttachLoop(r.host.Path(file))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { loop.Close() })
 	r.device = "/dev/" + name
+	loop := r.loop(name + ".raw")
 	for _, m := range []*machine{r.machine, r.to} {
-		if err := m.host.AddDevice(loop, r.device); err != nil {
-			t.Fatal(err)
-		}
-		m.know(r.device)
+		m.device(loop, r.device)
 	}
 	disk := vmhost.Disk{Path: r.device, Target: "sda"}
 	r.guest = r.machine.guest(from.name+"-"+to.name, disk)
@@ -77,6 +66,30 @@ func newRoute(t *testing.T, from, to daemon) *route {
 	r.start(r.guest)
 	r.booted(r.guest, 1)
 	return r
+}
+
+// loop makes a block device of a new disk image. It is on no host yet.
+func (m *machine) loop(file string) *vmhost.LoopDevice {
+	m.Helper()
+	path := m.host.Path(m.path(file))
+	if err := os.WriteFile(path, vmhost.BootDisk(), 0o600); err != nil {
+		m.Fatal(err)
+	}
+	loop, err := vmhost.AttachLoop(path)
+	if err != nil {
+		m.Fatal(err)
+	}
+	m.Cleanup(func() { loop.Close() })
+	return loop
+}
+
+// device makes a node of a block device on the host.
+func (m *machine) device(loop *vmhost.LoopDevice, path string) {
+	m.Helper()
+	if err := m.host.AddDevice(loop, path); err != nil {
+		m.Fatal(err)
+	}
+	m.know(path)
 }
 
 // held waits until the disk's lock is the one that a guest running at one of the two hosts has. Then it makes sure that the lock is
