@@ -56,6 +56,7 @@ type decoder struct {
 	fds      map[int32]struct{} // all in the snapshot
 	spaces   map[string]*space  // by directory, "": the default one
 	ordered  []*space           // the same
+	numbers  []int32            // see take
 }
 
 // object reads an object, calling f for each of the keys that it has; f reads the value. Others are
@@ -446,7 +447,7 @@ func (d *decoder) server(admin bool) *Server {
 		return nil
 	}
 	const optional = 1<<serverMaxUnauth | 1<<serverNextClientID
-	d.missing(serverKeys, seen, 1<<len(serverKeys)-1&^optional, "not in the file; taken as 0, or as empty")
+	d.missing(serverKeys, seen, (1<<len(serverKeys)-1)&^optional, "not in the file; taken as 0, or as empty")
 	switch {
 	case seen&(1<<serverMaxUnauth) == 0:
 		s.MaxUnauth = s.MaxClients
@@ -612,8 +613,10 @@ func (d *decoder) client(s *Server, admin bool) {
 		c.AuthPending = c.Auth != 0
 	}
 	c.ConnectTime = connTime + connNsec
-	if x.unregistered {
-		c.Registered, c.Owner = false, Details{}
+	if x.told {
+		if c.Registered = !x.unregistered; x.unregistered {
+			c.Owner = Details{}
+		}
 	}
 	if admin {
 		c.Self = None
@@ -636,7 +639,7 @@ func (d *decoder) client(s *Server, admin bool) {
 		return
 	}
 	const optional = 1<<clientID | 1<<clientAuthPending | 1<<clientConnTime | 1<<clientExtra
-	d.missing(clientKeys, seen, 1<<len(clientKeys)-1&^optional, "not in the file; taken as off, or 1")
+	d.missing(clientKeys, seen, (1<<len(clientKeys)-1)&^optional, "not in the file; taken as off, or 1")
 	s.Clients = append(s.Clients, c)
 }
 
@@ -707,8 +710,8 @@ func (d *decoder) privateData(c *Client, admin bool) bool {
 
 // clientExtras are those of a client's extra keys that are not fields of their own.
 type clientExtras struct {
-	connNsec     uint64
-	unregistered bool
+	connNsec           uint64
+	told, unregistered bool
 }
 
 var clientExtraKeys = []string{"connNsec", "uptime", "self", "unregistered", "unread", "dropped", "fds", "lastFD", "unsent",
@@ -725,7 +728,7 @@ func (d *decoder) clientExtra(c *Client, x *clientExtras) {
 		case "self":
 			c.Self = d.i32(0, None)
 		case "unregistered":
-			x.unregistered = d.boolean(false)
+			x.told, x.unregistered = true, d.boolean(false)
 		case "unread":
 			c.Unread, _ = d.base64()
 		case "dropped":
@@ -876,11 +879,13 @@ func (d *decoder) resource(rs []pending, index int) []pending {
 		case resourceFlags:
 			r.flags = d.u32(0)
 		case resourceOwners:
+			start := len(d.numbers)
 			d.array(func(int) {
 				if pid, ok := d.pid(); ok {
-					r.pids = append(r.pids, pid)
+					d.numbers = append(d.numbers, pid)
 				}
 			})
+			r.pids = d.take(start)
 		case resourceExtra:
 			d.resourceExtra(r)
 		case resourceNameBytes:
@@ -897,13 +902,18 @@ func (d *decoder) resource(rs []pending, index int) []pending {
 	return rs
 }
 
+// take returns the numbers from start on. Thousands of lists with one number each share their memory.
+func (d *decoder) take(start int) []int32 { return slices.Clip(d.numbers[start:]) }
+
 var resourceExtraKeys = []string{"owners", "dev", "ino", "block", "posix", "remote"}
 
 func (d *decoder) resourceExtra(r *pending) {
 	_, ok := d.object(resourceExtraKeys, func(k int) {
 		switch resourceExtraKeys[k] {
 		case "owners":
-			d.array(func(int) { r.places = append(r.places, d.i32(0, None)) })
+			start := len(d.numbers)
+			d.array(func(int) { d.numbers = append(d.numbers, d.i32(0, None)) })
+			r.places = d.take(start)
 		case "dev":
 			r.file.Dev = d.u64()
 		case "ino":
@@ -942,6 +952,8 @@ func (d *decoder) enroll(s *space, p *pending) {
 	}
 	if r.Path == "" {
 		r.Path = prefix + r.Name
+	} else if rest, ok := strings.CutPrefix(r.Path, prefix); ok && rest == r.Name {
+		r.Name = rest // the same bytes in memory
 	}
 	const required = 1<<resourceName | 1<<resourcePath | 1<<resourceHeld | 1<<resourceFlags
 	d.missing(resourceKeys, p.seen, required, "not in the file; taken as the other of name and path, true, or 0")
@@ -963,11 +975,16 @@ func (d *decoder) enroll(s *space, p *pending) {
 	s.resources = append(s.resources, r)
 }
 
-var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "logLevel", "logFilters", "logOutputs",
-	"logFiltersBytes", "logOutputsBytes", "owners"}
+var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
+	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes"}
+
+const (
+	extraLog      = 6 // the first of the log settings
+	extraLogBytes = 9
+)
 
 func (d *decoder) extra() {
-	var filters, outputs name
+	var log [3]name
 	seen, ok := d.object(extraKeys, func(k int) {
 		switch extraKeys[k] {
 		case "version":
@@ -984,32 +1001,24 @@ func (d *decoder) extra() {
 		case "timeout":
 			v := d.u32(0)
 			d.snap.Timeout = &v
-		case "logLevel":
-			text, _ := d.text()
-			v := string(text)
-			d.snap.LogLevel = &v
-		case "logFilters":
-			d.name(&filters)
-		case "logFiltersBytes":
-			d.bytes(&filters)
-		case "logOutputs":
-			d.name(&outputs)
-		case "logOutputsBytes":
-			d.bytes(&outputs)
 		case "owners":
 			d.array(func(int) { d.owner() })
+		default:
+			if k < extraLogBytes {
+				d.name(&log[k-extraLog])
+			} else {
+				d.bytes(&log[k-extraLogBytes])
+			}
 		}
 	})
 	if !ok {
 		d.kept(WrongType, "not an object; ignored")
 	}
-	if seen&(1<<6|1<<8) != 0 {
-		v := filters.String()
-		d.snap.LogFilters = &v
-	}
-	if seen&(1<<7|1<<9) != 0 {
-		v := outputs.String()
-		d.snap.LogOutputs = &v
+	for i, setting := range []**string{&d.snap.LogLevel, &d.snap.LogFilters, &d.snap.LogOutputs} {
+		if seen&(1<<(extraLog+i)|1<<(extraLogBytes+i)) != 0 {
+			v := log[i].String()
+			*setting = &v
+		}
 	}
 }
 

@@ -384,7 +384,10 @@ func (e *encoder) client(c *Client, admin bool) {
 			if c.Self != None {
 				e.int("self", int64(c.Self))
 			}
-			e.yes("unregistered", !c.Registered)
+			if c.Owner == (Details{}) || !c.Registered {
+				// Its privateData alone says "not registered".
+				e.bool("unregistered", !c.Registered)
+			}
 		}
 		if len(c.Unread) > 0 {
 			e.base64("unread", c.Unread)
