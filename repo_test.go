@@ -158,7 +158,6 @@ func TestDaemonImports(t *testing.T) {
 		{"database/sql", "the daemon keeps no database"},
 		{"expvar", "starts an HTTP handler"},
 		{"plugin", "code that nobody has reviewed"},
-		{"os/exec", "looks programs up in $PATH and starts goroutines; syscall.ForkExec with a fixed path does here"},
 		{"flag", "is not getopt_long; see internal/cmdline"},
 		{"testing", "test code in the daemon"},
 		{"google.golang.org/grpc", "belongs to the cluster's helper process: 77 modules"},
@@ -247,5 +246,25 @@ func TestUnits(t *testing.T) {
 	}
 	if content, err := os.ReadFile(conf); err != nil || string(content) != "# mine\n" {
 		t.Errorf("the configuration is now %q, %v", content, err)
+	}
+}
+
+// The units are what systemd takes for units.
+func TestUnitsAreValid(t *testing.T) {
+	t.Parallel()
+	analyze, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		t.Skip("no systemd-analyze: test/setup installs it")
+	}
+	dir := t.TempDir()
+	if out, err := exec.Command("make", "-s", "install", "BUILD=true", "BIN=/bin/true", "SBINDIR="+dir+"/sbin", "MANDIR="+dir+"/man",
+		"UNITDIR="+dir+"/units", "SYSCONFDIR="+dir+"/etc", "LOCALSTATEDIR="+dir+"/var").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	cmd := exec.Command(analyze, "verify", "--man=no", dir+"/units/virtlockd.service")
+	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+"/units:/lib/systemd/system")
+	out, err := cmd.CombinedOutput()
+	if err != nil || bytes.Contains(out, []byte("virtlockd")) {
+		t.Errorf("%v\n%s", err, out)
 	}
 }

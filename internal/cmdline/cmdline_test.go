@@ -4,6 +4,7 @@ package cmdline
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -106,4 +107,36 @@ func TestParse(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whatever is typed, each argument is used once: as an option, a value or an operand.
+func FuzzParse(f *testing.F) {
+	for _, seed := range []string{"-v", "-vt5\n--\n-d", "--timeout=5\nx", "--ver", "-f", "-\xff", "--\n-", "a\n-dv\nb"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		args := strings.Split(text, "\n")
+		var calls []string
+		operands, err := Parse(record(&calls), args)
+		if err != nil {
+			var usage *UsageError
+			if !errors.Is(err, errStop) && !errors.As(err, &usage) {
+				t.Fatalf("%q: error of an unknown kind: %v", args, err)
+			}
+			return
+		}
+		rest := args
+		for _, o := range operands {
+			i := slices.Index(rest, o)
+			if i < 0 {
+				t.Fatalf("%q: operands %q aren't a part of it in order", args, operands)
+			}
+			rest = rest[i+1:]
+		}
+		for _, arg := range args {
+			if len(calls) == 0 && !slices.Contains(operands, arg) && arg != "--" {
+				t.Fatalf("%q: %q was lost", args, arg)
+			}
+		}
+	})
 }
