@@ -35,6 +35,7 @@ type Files struct {
 type op struct {
 	prev, next *op  // Files.mu
 	call       Call // its fields Mount and Worker: Files.mu
+	links      int  // how many symbolic links were followed
 	scratch
 }
 
@@ -151,40 +152,39 @@ const (
 )
 
 // direct does work on path if that leads nowhere but to local file systems.
-// work gets a tidy path and must follow no link: it returns atLink then,
-// and is called again with what the path leads to; follow says whether a
-// link in the last place counts. With ok false a worker has to do it, which
-// works for mount.
-func (f *Files) direct(o *op, path string, follow bool, work func(path string) outcome) (mount string, ok bool, err error) {
+// work gets a tidy path and must follow no link: it returns atLink then, and
+// is called again with what that leads to; last says whether a link in the
+// last place is followed too. With ok false a worker has to do it, and mount
+// is whom it will wait for.
+func (f *Files) direct(o *op, path string, last bool, work func(path string) outcome) (mount string, ok bool, err error) {
 	points, err := f.mounts.get()
 	if err != nil {
 		return "", false, err
 	}
 	mount = "/"
-	for range 4 { // more only if the links change all the time
-		outcome := atLink
-		if tidied, ok := tidy(path); ok {
-			var local bool
-			if mount, local = points.find(tidied); !local || !f.openat2 {
-				return mount, false, nil
-			}
-			outcome = work(tidied)
+	o.links = 0
+	for {
+		path, ok = tidy(path)
+		if !ok || len(path) > pathMax {
+			return mount, false, nil
 		}
-		switch outcome {
+		var local bool
+		if mount, local = points.find(path); !local || !f.openat2 {
+			return mount, false, nil
+		}
+		switch work(path) {
 		case done:
 			return mount, true, nil
 		case toWorker:
 			return mount, false, nil
 		}
-		if !f.openat2 {
-			break
+		if o.links++; o.links > maxLinks {
+			return mount, false, nil // ELOOP is the kernel's to say
 		}
-		var ok bool
-		if path, mount, ok = f.resolve(o, points, path, follow); !ok {
+		if path, ok = o.follow(path, last); !ok {
 			return mount, false, nil
 		}
 	}
-	return mount, false, nil
 }
 
 // Stat returns the identity of the file at path, links followed.
@@ -257,6 +257,8 @@ func (f *Files) makeDir(o *op, path string) error {
 		var info fileInfo
 		if info, errno = o.statPath(path); errno == 0 {
 			notDir = info.kind() != unix.S_IFDIR
+		} else if errno == unix.ENOENT && o.links > 0 {
+			return toWorker // mkdir(2) doesn't follow a dangling link
 		} else if errno == unix.ENOENT {
 			errno = o.makeDirs(path)
 		}

@@ -23,12 +23,15 @@ func (l *Lock) State() (fd int, file state.File) {
 	}
 }
 
-// Peek opens the file of a remote lock in this process, for a reader that knows nothing of cells:
-// the C daemon. Close it if it is not handed over.
-func (l *Lock) Peek() (int, error) {
-	fd, errno := peekIntoCell(int(l.fd))
+// Mode returns what the kernel has. It differs from what was asked for only after a take-over.
+func (l *Lock) Mode() Mode { return l.mode }
+
+// PeekCell opens in this process what lies in the cell of a remote lock, for a reader that knows nothing of
+// cells: the C daemon. Close it if it is not handed over.
+func PeekCell(cell int) (int, error) {
+	fd, errno := peekIntoCell(cell)
 	if errno != 0 {
-		return -1, &Error{OpStore, l.path, errno}
+		return -1, fmt.Errorf("look into the cell of a locked file: %w", errno)
 	}
 	return fd, nil
 }
@@ -95,6 +98,7 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 	unix.CloseOnExec(fd)
 	// Ours already, so it is granted; if it is not, it was lost.
 	if errno := s.setLock(fd, unix.F_OFD_SETLK, lockType(mode)); errno != 0 {
+		l.mode = Shared // for Strengthen
 		return l, Lost, nil
 	}
 	return l, Kept, t.rejoin(l)
@@ -133,7 +137,7 @@ func (l *Lock) sameDescription(other *Lock) (bool, error) {
 	for i, lock := range []*Lock{l, other} {
 		fds[i] = int(lock.fd)
 		if lock.mount != "" {
-			fd, err := lock.Peek()
+			fd, err := PeekCell(int(lock.fd))
 			if err != nil {
 				return false, err
 			}
@@ -269,6 +273,7 @@ func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
 	case err != 0:
 		return Lost, err
 	case errno != 0 && !mine:
+		l.mode = Shared // for Strengthen
 		return Lost, 0
 	case errno == 0 && l.mode == Exclusive:
 		return Regained, 0 // a POSIX lock of ours would have refused it

@@ -5,13 +5,11 @@ package filelock
 import (
 	"bufio"
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -23,8 +21,10 @@ import (
 // for what must be another process.
 const roleVar = "FILELOCK_TEST_ROLE"
 
-var roles = map[string]func(args []string){
-	"locker": lockerMain,
+var roles map[string]func(args []string)
+
+func init() {
+	roles = map[string]func(args []string){"locker": lockerMain, "fuse": fuseMain, "holder": holderMain}
 }
 
 func TestMain(m *testing.M) {
@@ -50,7 +50,7 @@ type child struct {
 func startRole(t *testing.T, role string, args ...string) *child {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.Env = append(os.Environ(), roleVar+"="+role)
+	cmd.Env = append(os.Environ(), roleVar+"="+role, "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -225,7 +225,7 @@ func apart(t *testing.T) bool {
 		parts = append(parts, "^"+part+"$")
 	}
 	cmd := exec.Command("/proc/self/exe", "-test.run="+strings.Join(parts, "/"), "-test.v", "-test.timeout=120s")
-	cmd.Env = append(os.Environ(), env+"="+t.Name())
+	cmd.Env = append(os.Environ(), env+"="+t.Name(), "GORACE=atexit_sleep_ms=0")
 	cmd.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
 	out, err := cmd.CombinedOutput()
 	switch {
@@ -270,7 +270,3 @@ func openFiles(t testing.TB) []string {
 	}
 	return names
 }
-
-func asJSON(v any) string { b, _ := json.Marshal(v); return string(b) }
-
-func gosched() { runtime.Gosched() }

@@ -92,7 +92,7 @@ func unescape(b []byte) string {
 	var s strings.Builder
 	for i := 0; i < len(b); i++ {
 		if b[i] == '\\' && i+3 < len(b) && b[i+1] <= '3' && octal(b[i+1]) && octal(b[i+2]) && octal(b[i+3]) {
-			s.WriteByte((b[i+1]-'0')<<6 | (b[i+2]-'0')<<3 | b[i+3] - '0')
+			s.WriteByte((b[i+1]-'0')<<6 | (b[i+2]-'0')<<3 | (b[i+3] - '0'))
 			i += 3
 			continue
 		}

@@ -167,22 +167,24 @@ var errNotBegun = errors.New("the worker processes end before they begin; see wh
 func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 	p.files.working(o, mount, w.pid)
 	defer p.files.working(o, mount, 0)
-	begun := false
-	if err := sendMessage(w.control, appendRequest(o.buf[:0], r), r.cell); err == nil {
-		for {
-			var data [replySize + 1]byte
-			n, _, err := receiveMessage(w.control, data[:], nil)
-			answer, ok := parseReply(data[:n])
-			if err != nil || !ok {
-				break
-			}
-			if w.ready {
-				return answer, nil
-			}
-			w.ready = true
+	err := sendMessage(w.control, appendRequest(o.buf[:0], r), r.cell)
+	for err == nil {
+		var data [replySize + 1]byte
+		var n int
+		if n, _, err = receiveMessage(w.control, data[:], nil); err != nil {
+			break
 		}
-		begun = w.ready
+		answer, ok := parseReply(data[:n])
+		if !ok {
+			break // it ended
+		}
+		if w.ready {
+			return answer, nil
+		}
+		w.ready = true
 	}
+	// An error, ECONNRESET above all, means that it didn't even read the request.
+	begun := err == nil && w.ready
 	p.end(w)
 	p.mu.Lock()
 	closed := p.closed
@@ -190,6 +192,8 @@ func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 	switch {
 	case closed:
 		return reply{}, ErrClosed
+	case err == unix.ETOOMANYREFS:
+		return reply{errno: unix.ETOOMANYREFS, step: stepStore}, nil
 	case !begun:
 		return reply{}, errNotBegun
 	}
@@ -394,8 +398,9 @@ func (p *pool) start() (*worker, error) {
 	}
 	pid, err := syscall.ForkExec(p.self, []string{workerName}, &syscall.ProcAttr{
 		Dir: "/",
-		// The runtime as small as it gets: one request needs a few hundred bytes.
-		Env:   []string{"GOMAXPROCS=1", "GOGC=off", "GOMEMLIMIT=8MiB", "GOTRACEBACK=none"},
+		// The runtime as small as it gets, since one request needs a few hundred
+		// bytes, and without the files of its cgroup open.
+		Env:   []string{"GOMAXPROCS=1", "GOGC=off", "GOMEMLIMIT=4MiB", "GODEBUG=containermaxprocs=0", "GOTRACEBACK=none"},
 		Files: []uintptr{uintptr(null), uintptr(null), uintptr(null), uintptr(pair[1])},
 		// A signal to the daemon's process group isn't meant for it.
 		Sys: &syscall.SysProcAttr{Setpgid: true},

@@ -52,77 +52,69 @@ func scan(path string) (clean, ok bool) {
 	return clean, clean || path != ""
 }
 
-// resolve follows the symbolic links of an absolute path by itself, and only
-// where a walk meets nothing but local file systems. follow says whether a
-// link in the last place is followed too. What comes back is tidy and free of
-// links, as of now. ok is false when a worker has to go that way: because
-// it leads to something that isn't local, to mount, or because only the
-// kernel can say what the path means.
-func (f *Files) resolve(o *op, points mountPoints, path string, follow bool) (real, mount string, ok bool) {
-	var (
-		done     = ""    // what is resolved already; "" is the root
-		rest     = path  // what comes after it
-		sticky   = true  // done may be a directory where not every link may be followed
-		lastLink = false // a link in the last place was followed
-	)
-	for links := 0; ; {
-		part, tail, more := strings.Cut(strings.TrimLeft(rest, "/"), "/")
-		last := strings.Trim(tail, "/") == ""
-		switch part {
-		case "", ".":
-			if last || part == "" {
-				return "", mount, false
-			}
-			rest = tail
-			continue
-		case "..":
-			if last {
-				return "", mount, false
-			}
-			done, rest, sticky = done[:max(0, strings.LastIndexByte(done, '/'))], tail, true
-			continue
-		}
-		if last && more {
-			return "", mount, false // "name/": it must be a directory
-		}
-		here := done + "/" + part
-		local := false
-		if mount, local = points.find(here); !local || len(here) > pathMax {
-			return "", mount, false
-		}
-		o.setPath(here)
-		fd, errno := o.openPath(unix.O_NOFOLLOW)
-		if errno == unix.ENOENT && !lastLink && !strings.Contains(tail, "..") {
-			return strings.TrimSuffix(here+"/"+tail, "/"), mount, true // the caller finds the same error, or makes it
-		}
-		if errno != 0 {
-			return "", mount, false
-		}
-		info, errno := o.fstat(fd)
-		if errno != 0 || info.kind() != unix.S_IFLNK || (last && !follow) {
-			unix.Close(fd)
-			if last || info.kind() != unix.S_IFDIR {
-				return here, mount, errno == 0 && last
-			}
-			done, rest = here, tail
-			sticky = info.mode&(unix.S_ISVTX|unix.S_IWOTH) == unix.S_ISVTX|unix.S_IWOTH
-			continue
-		}
-		target := make([]byte, unix.PathMax)
-		n, err := unix.Readlinkat(fd, "", target)
-		unix.Close(fd)
-		// In such a directory the kernel follows only links of certain owners
-		// (fs.protected_symlinks); it knows the rules best.
-		if links++; err != nil || n == 0 || n == len(target) || links > maxLinks || sticky && done != "" {
-			return "", mount, false
-		}
-		lastLink = lastLink || last
-		rest = string(target[:n])
-		if !last {
-			rest += "/" + tail
-		}
-		if target[0] == '/' {
-			done, sticky = "", true
+// follow replaces the first symbolic link in path, which is tidy and meets
+// local file systems only, by what it points to; with last false the last
+// component doesn't count. It opens nothing but for reference, and no link. ok
+// is false when only the kernel can say what the path means.
+func (o *op) follow(path string, last bool) (real string, ok bool) {
+	// ends[i] is where the component i ends.
+	ends := make([]int, 1, 16) // the root
+	for i := 1; i <= len(path); i++ {
+		if i == len(path) || path[i] == '/' {
+			ends = append(ends, i)
 		}
 	}
+	free, link := 0, len(ends)-1 // up to free there is no link; up to link there is one
+	if !last {
+		link--
+	}
+	for link-free > 1 {
+		middle := (free + link) / 2
+		o.setPath(path[:ends[middle]])
+		switch fd, errno := o.openPath(0); errno {
+		case 0:
+			unix.Close(fd)
+			free = middle
+		case unix.ELOOP:
+			link = middle
+		default:
+			return "", false
+		}
+	}
+	if link < 1 {
+		return "", false
+	}
+	above := path[:ends[free]]
+	target, ok := o.readLink(above, path[ends[free]+1:ends[link]])
+	if !ok {
+		return "", false
+	}
+	if target[0] == '/' {
+		return target + path[ends[link]:], true
+	}
+	// What is above is real, so its parents are what they are called.
+	for strings.HasPrefix(target, "../") {
+		above = above[:max(0, strings.LastIndexByte(above, '/'))]
+		target = strings.TrimLeft(target[2:], "/")
+	}
+	return above + "/" + target + path[ends[link]:], true
+}
+
+// readLink reads the link name in the directory dir.
+func (o *op) readLink(dir, name string) (target string, ok bool) {
+	o.setPath(dir + "/")
+	fd, errno := o.openPath(unix.O_DIRECTORY)
+	if errno != 0 {
+		return "", false
+	}
+	defer unix.Close(fd)
+	info, errno := o.fstat(fd)
+	// In such a directory the kernel follows only links of certain owners
+	// (fs.protected_symlinks); it knows the rules best.
+	const sticky = unix.S_ISVTX | unix.S_IWOTH
+	if errno != 0 || info.mode&sticky == sticky {
+		return "", false
+	}
+	n, err := unix.Readlinkat(fd, name, o.buf[:])
+	return string(o.buf[:max(n, 0)]), err == nil && n > 0 && n < len(o.buf)
 }

@@ -5,6 +5,8 @@ package filelock
 import (
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +39,8 @@ func WorkerMain() {
 	// end it before.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGQUIT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGPIPE)
 	unix.CloseOnExec(workerControl)
+	closeStrays()
+	keepReserve()
 	if fd, err := unix.Open("/proc/self/comm", unix.O_WRONLY|unix.O_CLOEXEC, 0); err == nil {
 		unix.Write(fd, []byte(workerComm))
 		unix.Close(fd)
@@ -45,6 +49,46 @@ func WorkerMain() {
 	for ready := w.send(reply{}); ready; ready = w.serve() {
 	}
 	unix.Exit(0)
+}
+
+// closeStrays closes what the daemon itself inherited open from whoever
+// started it. What the Go runtime has opened stays.
+func closeStrays() {
+	dir, err := unix.Open("/proc/self/fd", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(dir)
+	entries, link := make([]byte, 4096), make([]byte, 16)
+	for {
+		n, err := unix.ReadDirent(dir, entries)
+		if err != nil || n <= 0 {
+			return
+		}
+		_, _, names := unix.ParseDirent(entries[:n], -1, nil)
+		for _, name := range names {
+			fd, err := strconv.Atoi(name)
+			if err != nil || fd <= workerControl || fd == dir {
+				continue
+			}
+			n, err := unix.Readlinkat(dir, name, link)
+			if err == nil && !strings.HasPrefix(string(link[:n]), "anon_inode:") {
+				unix.Close(fd)
+			}
+		}
+	}
+}
+
+// keepReserve lowers the limit of descriptors, which also says how many this
+// user may have in flight in sockets. The kernel looks at the sender's limit;
+// so the workers, who fill the cells, meet it before the daemon does, which has to
+// send cells around to get them emptied.
+func keepReserve() {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil {
+		limit.Cur -= min(64, limit.Cur/8)
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	}
 }
 
 // work is the state of a worker.
