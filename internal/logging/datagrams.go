@@ -25,7 +25,7 @@ type datagrams struct {
 	path     string
 	stream   bool // also try a stream socket, in which a NUL ends a message
 	encode   func(*record) []byte
-	fd       int // -1: not connected
+	fd       int // -1: not connected; non-blocking
 	isStream bool
 }
 
@@ -77,7 +77,7 @@ func (d *datagrams) send(data []byte, stop *atomic.Bool) error {
 		data = append(data, 0)
 	}
 	for {
-		n, err := unix.SendmsgN(d.fd, data, nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		n, err := unix.SendmsgN(d.fd, data, nil, nil, unix.MSG_NOSIGNAL)
 		switch {
 		case err == unix.EINTR:
 		case err == unix.EAGAIN:

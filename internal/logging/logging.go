@@ -66,7 +66,8 @@ type Config struct {
 
 // Logs takes records and routes them to outputs. It is made by New and must be closed.
 type Logs struct {
-	config Config
+	config     Config
+	retireTime time.Duration // see there
 
 	mu         sync.RWMutex // held for moments only, never over a system call; before a sink's mutex
 	settings   Settings
@@ -115,7 +116,7 @@ func New(c Config, s Settings) (*Logs, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	l := &Logs{config: c, sinks: make(map[*sink]struct{}), categories: make(map[string]*category)}
+	l := &Logs{config: c, retireTime: retireTime, sinks: make(map[*sink]struct{}), categories: make(map[string]*category)}
 	if err := l.Apply(s); err != nil {
 		return nil, err
 	}
@@ -261,7 +262,7 @@ func (l *Logs) change(edit func(*Settings) Settings) error {
 		for _, old := range inUse {
 			if !slices.ContainsFunc(routes, func(r route) bool { return r.sink == old.sink }) {
 				old.sink.close()
-				time.AfterFunc(retireTime, func() { old.sink.abort.Store(true) })
+				time.AfterFunc(l.retireTime, func() { old.sink.abort.Store(true) })
 			}
 		}
 		return nil

@@ -65,16 +65,14 @@ func (l *Logs) open(o Output) (*sink, error) {
 	return s, nil
 }
 
-// put queues r, or drops it if there is no room.
+// put queues r, or drops it if there is no room. A sink that is closed gets none: it is off the routes before.
 func (s *sink) put(r *record) {
 	size := len(r.text) + recordOverhead
 	s.mu.Lock()
-	switch {
-	case s.closing:
-	case s.waiting >= s.logs.config.QueueLen || s.bytes+size > maxQueueBytes:
+	if s.waiting >= s.logs.config.QueueLen || s.bytes+size > maxQueueBytes {
 		s.missing++
 		s.reason = nil
-	default:
+	} else {
 		s.queue = append(s.queue, r)
 		s.waiting++
 		s.bytes += size
