@@ -29,6 +29,10 @@ var (
 	Localstatedir = "/var"
 )
 
+// Product is what the second line of --version begins with. The C daemon's answer has no such line: that is
+// how the two are told apart before a live upgrade.
+const Product = "virtlockd (Go)"
+
 // CommitName returns the commit the program was built from, or "unknown commit".
 func CommitName() string {
 	if Commit != "" {

@@ -15,6 +15,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -100,7 +101,14 @@ func Main(args []string) int {
 	p := findPaths(os.Geteuid(), os.Getenv)
 	o, err := parseOptions(args)
 	var usage *cmdline.UsageError
+	// Before everything else that could end the process: it may hold all the locks already. A
+	// question is not meant for it.
+	var left legacy
+	if p.err == nil && !errors.Is(err, errHelp) && !errors.Is(err, errVersion) {
+		left = findLegacy(p)
+	}
 	switch {
+	case left.snapshot != nil: // it was detached before, and its command line was good enough
 	case errors.Is(err, errHelp):
 		printUsage(os.Stderr, name, p)
 		return exitOK
@@ -123,6 +131,7 @@ func Main(args []string) int {
 	d := &daemon{
 		name: name, options: o, paths: p, signals: signals, waiting: waiting,
 		notify: systemd.NewNotifier(), asked: make(chan struct{}, 1),
+		left: left, startTime: time.Now().UnixNano(),
 	}
 	return d.main(err)
 }
@@ -162,6 +171,13 @@ type daemon struct {
 	notify  systemd.Notifier
 	undo    []func() // of start's steps, in their order
 
+	left      legacy // of another binary in this process
+	startTime int64  // of the first one, in ns since the epoch
+	upgrades  uint64 // how many have handed over
+	// configured are the log settings as the command line and the configuration have them; the admin protocol
+	// changes others.
+	configured atomic.Pointer[logging.Settings]
+
 	startDir   string // where relative names on the command line and in the configuration count from
 	configFile string // absolute, or "" as given
 	logs       *logging.Logs
@@ -171,6 +187,7 @@ type daemon struct {
 	files      *filelock.Files
 	owners     *owner.Registry
 	table      *lockspace.Table
+	locks      *lockproto.Program
 	sockets    sockets
 	lock       *rpc.Server
 	admin      *rpc.Server
@@ -229,10 +246,12 @@ func (d *daemon) complain(err error) {
 func (d *daemon) start(fault error) (err error) {
 	undo := func(f func()) { d.undo = append(d.undo, f) }
 	env := logging.EnvFrom(os.Getenv)
+	early := logging.Early(env, d.options.verbose)
+	d.configured.Store(&early)
 	d.logs, err = logging.New(logging.Config{
 		Version: buildinfo.LibvirtVersion,
-		Package: "virtlockd (Go) " + buildinfo.Version,
-	}, logging.Early(env, d.options.verbose))
+		Package: buildinfo.Product + " " + buildinfo.Version,
+	}, early)
 	if err != nil {
 		return err
 	}
@@ -241,7 +260,19 @@ func (d *daemon) start(fault error) (err error) {
 	if d.startDir, err = os.Getwd(); err != nil {
 		return fmt.Errorf("the working directory can't be told: %w", err)
 	}
-	if fault != nil {
+	if d.left.err != nil {
+		d.log.Warn("the state file of an earlier daemon is of no use and was removed; nothing was taken over", "file", d.paths.stateFile, "error", d.left.err)
+	}
+	resume := d.left.snapshot
+	// tolerate is for steps without which a daemon that has locks already had better go on.
+	tolerate := func(err error) error {
+		if err == nil || resume == nil {
+			return err
+		}
+		d.log.Error("live upgrade: something is amiss that would end a daemon at its start; this one goes on for the sake of its locks", "error", err)
+		return nil
+	}
+	if fault = tolerate(fault); fault != nil {
 		return fault
 	}
 	if d.paths.err != nil {
@@ -252,14 +283,16 @@ func (d *daemon) start(fault error) (err error) {
 	}
 
 	settings, err := d.configure()
-	if err != nil {
+	if err = tolerate(err); err != nil {
 		return err
 	}
 
-	if err := d.paths.makeRunDir(); err != nil {
+	if err := tolerate(d.paths.makeRunDir()); err != nil {
 		return err
 	}
-	if d.pidFile, err = d.acquirePIDFile(); err != nil {
+	if resume != nil {
+		d.adoptPIDFile(resume)
+	} else if d.pidFile, err = d.acquirePIDFile(); err != nil {
 		return err
 	}
 	undo(d.removePIDFile)
@@ -291,7 +324,7 @@ func (d *daemon) start(fault error) (err error) {
 		Died:   d.table.ReleaseOwner,
 	})
 	undo(d.owners.Close)
-	locks := lockproto.New(lockproto.Config{
+	d.locks = lockproto.New(lockproto.Config{
 		Table:  d.table,
 		Owners: d.owners,
 		Logger: d.category("locking.lock_daemon_dispatch"),
@@ -303,7 +336,7 @@ func (d *daemon) start(fault error) (err error) {
 		MaxUnauth:  settings.MaxClients,
 		MaxMessage: maxLockMessage,
 		AllowUID:   d.paths.uid,
-		Programs:   []rpc.Program{locks},
+		Programs:   []rpc.Program{d.locks},
 		Logger:     d.category("rpc.netserver"),
 		Changed:    d.idle.changed,
 	})
@@ -321,7 +354,7 @@ func (d *daemon) start(fault error) (err error) {
 		Programs: []rpc.Program{adminproto.New(adminproto.Config{
 			Servers:    func() []*rpc.Server { return []*rpc.Server{d.admin, d.lock} },
 			Logs:       d.logs,
-			Guards:     locks.Guards,
+			Guards:     d.locks.Guards,
 			SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
 			Shutdown:   d.shutdown,
 			LibVersion: version,
@@ -331,6 +364,13 @@ func (d *daemon) start(fault error) (err error) {
 		Changed: d.idle.changed,
 	})
 
+	if resume != nil {
+		d.takeOver(resume, d.left.problems)
+		d.adoptListeners(resume)
+		d.left = legacy{} // it can be large
+		undo(d.unlinkSockets)
+		return nil
+	}
 	passed, err := systemd.Descriptors(os.Getpid())
 	if err != nil {
 		return &startError{exitNetwork, err}
@@ -389,6 +429,7 @@ func (d *daemon) apply(settings conf.Settings, log logging.Settings) error {
 	if err := d.logs.Apply(log); err != nil {
 		return err
 	}
+	d.configured.Store(&log)
 	for _, e := range settings.Unknown() {
 		d.log.Warn("an unknown key in the configuration is ignored", "file", d.configFile, "line", e.Line, "key", e.Name)
 	}
@@ -443,11 +484,6 @@ func (d *daemon) shutdown(preserve bool) (begin func(), err error) {
 	}, nil
 }
 
-// upgrade is what SIGUSR1 asks for.
-func (d *daemon) upgrade() {
-	d.log.Warn("SIGUSR1: live upgrade is not available in this build; nothing was done")
-}
-
 // absolute makes a name from the command line good for the time after chdir. "" stays what it is, no
 // name at all.
 func (d *daemon) absolute(path string) string {
@@ -457,16 +493,21 @@ func (d *daemon) absolute(path string) string {
 	return filepath.Join(d.startDir, path)
 }
 
+// pidFilePath returns the path of the pid file, "" if none is wanted.
+func (d *daemon) pidFilePath() string {
+	if p := d.options.pidFile; p != nil {
+		return d.absolute(*p)
+	}
+	return d.paths.pidFile
+}
+
 // acquirePIDFile writes the pid file; nil without error: none is wanted.
 func (d *daemon) acquirePIDFile() (*pidfile.File, error) {
-	path := d.paths.pidFile
-	if p := d.options.pidFile; p != nil {
-		path = *p
-	}
+	path := d.pidFilePath()
 	if path == "" {
 		return nil, nil
 	}
-	return pidfile.Acquire(d.absolute(path))
+	return pidfile.Acquire(path)
 }
 
 func (d *daemon) removePIDFile() {
@@ -533,6 +574,7 @@ func (d *daemon) serve() (code int, ended bool) {
 	}
 	var idle sync.WaitGroup
 	idle.Go(func() { d.idle.run(ctx) })
+	idle.Go(func() { d.strengthen(ctx.Done()) })
 	// On a goroutine of its own: a configuration on a disk that hangs must not delay the end.
 	go func() {
 		for {

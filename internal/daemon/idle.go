@@ -38,6 +38,9 @@ func (i *idler) setTimeout(d time.Duration) {
 	i.changed()
 }
 
+// timeoutSeconds returns the time in force.
+func (i *idler) timeoutSeconds() uint32 { return uint32(i.timeout.Load() / int64(time.Second)) }
+
 // run watches until the time is up or ctx ends.
 func (i *idler) run(ctx context.Context) {
 	timer := time.NewTimer(0)

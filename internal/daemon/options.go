@@ -95,5 +95,5 @@ libvirt lock management daemon:
 // printVersion writes the libvirt release that we speak, in the form that scripts know, then our own
 // version, by which the two daemons can be told apart.
 func printVersion(w io.Writer, name string) {
-	fmt.Fprintf(w, "%s (libvirt) %s\nvirtlockd (Go) %s (%s)\n", name, buildinfo.LibvirtVersion, buildinfo.Version, buildinfo.CommitName())
+	fmt.Fprintf(w, "%s (libvirt) %s\n%s %s (%s)\n", name, buildinfo.LibvirtVersion, buildinfo.Product, buildinfo.Version, buildinfo.CommitName())
 }

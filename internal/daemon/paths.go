@@ -26,6 +26,7 @@ type paths struct {
 	lockSocket  string
 	adminSocket string
 	pidFile     string
+	stateFile   string // for another binary in this process
 	config      string
 	logFile     string // of a detached daemon without journald
 }
@@ -34,6 +35,7 @@ type paths struct {
 const (
 	lockSocketName  = "virtlockd-sock"
 	adminSocketName = "virtlockd-admin-sock"
+	stateFileName   = "virtlockd-restart-exec.json"
 )
 
 // findPaths works out the default paths of the mode that uid runs in.
@@ -46,6 +48,7 @@ func findPaths(uid int, getenv func(string) string) paths {
 			lockSocket:  filepath.Join(run, lockSocketName),
 			adminSocket: filepath.Join(run, adminSocketName),
 			pidFile:     filepath.Join(buildinfo.Runstatedir, "virtlockd.pid"),
+			stateFile:   filepath.Join(buildinfo.Runstatedir, stateFileName),
 			config:      filepath.Join(buildinfo.Sysconfdir, "libvirt/virtlockd.conf"),
 			logFile:     filepath.Join(buildinfo.Localstatedir, "log/libvirt/virtlockd.log"),
 		}
@@ -88,6 +91,7 @@ func findPaths(uid int, getenv func(string) string) paths {
 	p.lockSocket = filepath.Join(p.runDir, lockSocketName)
 	p.adminSocket = filepath.Join(p.runDir, adminSocketName)
 	p.pidFile = filepath.Join(p.runDir, "virtlockd.pid")
+	p.stateFile = filepath.Join(p.runDir, stateFileName)
 	p.config = filepath.Join(config, "virtlockd.conf")
 	p.logFile = filepath.Join(cache, "virtlockd.log")
 	return p

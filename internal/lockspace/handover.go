@@ -81,12 +81,13 @@ func (t *Table) Restore(dir string) error {
 
 // Adopt enters a resource of a snapshot, whose lock was taken over, before any request comes. Conflicts in the
 // snapshot are not resolved here: an owner that believed to hold a resource keeps it, and nobody
-// else gets in.
-func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lock *filelock.Lock) error {
+// else gets in. Those that hold the same file under another name, though one of the two is
+// exclusive, are returned.
+func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lock *filelock.Lock) (rivals []*owner.Owner, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	fail := func(err error) error {
-		return &Error{Op: "take over", Lockspace: dir, Resource: res.Name, Path: res.Path, Err: err}
+	fail := func(err error) ([]*owner.Owner, error) {
+		return nil, &Error{Op: "take over", Lockspace: dir, Resource: res.Name, Path: res.Path, Err: err}
 	}
 	s := t.spaces[dir]
 	switch {
@@ -101,11 +102,44 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 	}
 	r := &resource{space: s, name: res.Name, flags: res.Flags, lock: lock, phase: held}
 	s.resources[r.name] = r
+	for other := t.files[lock.ID()]; other != nil; other = other.alias {
+		if !r.shared() || !other.shared() {
+			rivals = append(rivals, other.holders...)
+		}
+	}
 	r.alias = t.files[lock.ID()]
 	t.files[lock.ID()] = r
 	for _, o := range owners {
 		t.addHolder(r, o)
 	}
 	t.held++
-	return nil
+	return rivals, nil
+}
+
+// Strengthen tries once to make those locks exclusive that should be and are not, after a take-over that
+// could not keep them so. It returns how many are left.
+func (t *Table) Strengthen() (left int) {
+	t.mu.Lock()
+	var weak []*resource
+	for _, s := range t.spaces {
+		for _, r := range s.resources {
+			if r.phase == held && !r.shared() && r.lock.Mode() == filelock.Shared {
+				t.begin(r, acquiring)
+				weak = append(weak, r)
+			}
+		}
+	}
+	t.mu.Unlock()
+	for _, r := range weak {
+		if r.lock.Strengthen() {
+			t.cfg.Logger.Warn("a lock is exclusive again", "path", r.space.path(r.name))
+		} else {
+			left++
+		}
+		t.mu.Lock()
+		r.phase = held
+		t.end(r)
+		t.mu.Unlock()
+	}
+	return left
 }

@@ -175,3 +175,28 @@ func (f *File) Remove() error {
 	}
 	return nil
 }
+
+// FD returns the descriptor that the lock is on, to be handed over to another binary in this process.
+func (f *File) FD() int { return f.fd }
+
+// Adopt goes on with the pid file at path that another binary in this process has locked with fd. If
+// there is an error, fd is left as it is.
+func Adopt(path string, fd int) (*File, error) {
+	var st, at unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, &Error{"stat", path, err}
+	}
+	switch err := unix.Stat(path, &at); {
+	case err != nil:
+		return nil, &Error{"stat", path, err}
+	case at.Dev != st.Dev || at.Ino != st.Ino:
+		return nil, &Error{"acquire", path, errNotOurs}
+	}
+	// Granted at once if it is ours, as it should be.
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: unix.SEEK_SET, Start: 0, Len: 1}
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &lock); err != nil {
+		return nil, &LockedError{path, holder(fd)}
+	}
+	unix.CloseOnExec(fd)
+	return &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}, nil
+}

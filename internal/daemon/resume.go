@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/filelock"
+	"virtlockd/internal/lockspace"
+	"virtlockd/internal/owner"
+	"virtlockd/internal/pidfile"
+	"virtlockd/internal/rpc"
+	"virtlockd/internal/state"
+)
+
+// retryWeak is how often it is tried to make a lock exclusive again that is not.
+const retryWeak = 100 * time.Millisecond
+
+// legacy is what another binary has left in this process: ours or the C daemon's, which both write a state file
+// and then exec the one that is installed now.
+type legacy struct {
+	snapshot *state.Snapshot // nil: nothing, or nothing that can be used
+	problems []state.Problem
+	err      error // why there is nothing that can be used
+}
+
+// findLegacy reads the state file and removes it: what it says is true now or never. A file of another process was
+// left by one that died.
+func findLegacy(p paths) legacy {
+	data, err := state.Read(p.stateFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return legacy{}
+	}
+	var l legacy
+	if err == nil {
+		l.snapshot, l.problems, err = state.Decode(data, int32(os.Getpid()))
+	}
+	l.err = errors.Join(err, state.Remove(p.stateFile))
+	return l
+}
+
+// takeOver goes on with what another binary in this process has left. Nothing of it ends the
+// daemon: what can't be kept is told, and everything else is kept.
+//
+//	owners, then locks, then clients: each refers to what was before it
+//	sockets last: nobody new is accepted by a daemon that does not have everything
+func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
+	start := time.Now()
+	for _, p := range problems {
+		d.log.Error("live upgrade: the state file has a fault", "fault", p.String(), "descriptors", p.FDs)
+	}
+	if s.StartTime != 0 {
+		d.startTime = s.StartTime
+	}
+	d.upgrades = s.Upgrades
+	owners := d.adoptOwners(s)
+	locks := d.adoptLocks(s, owners)
+	clients := d.adoptClients(s, owners)
+	for _, o := range owners {
+		o.Release()
+	}
+	d.adoptSettings(s)
+	d.log.Info("live upgrade: this binary has taken over", "version", buildinfo.Version, "locks", locks, "clients", clients,
+		"took", time.Since(start).Round(time.Microsecond))
+}
+
+// adoptOwners returns them in the order of the snapshot. One that can't be watched is kept as a number: its locks
+// stay until they are released, which is safe.
+func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
+	owners := make([]*owner.Owner, len(s.Owners))
+	for i := range s.Owners {
+		from := s.Owners[i]
+		o, err := d.owners.Adopt(&from)
+		if err != nil {
+			d.log.Error("live upgrade: the end of an owner can't be noticed, its locks are kept until they are released", "error", err)
+			from.Kind, from.PIDFD = state.Unverified, state.NoFD
+			if o, err = d.owners.Adopt(&from); err != nil {
+				panic(err) // a number can't fail
+			}
+		}
+		owners[i] = o
+	}
+	return owners
+}
+
+func (d *daemon) adoptLocks(s *state.Snapshot, owners []*owner.Owner) (n int) {
+	take := d.files.Takeover()
+	adopt := func(dir string, rs []state.Resource) {
+		for i := range rs {
+			if d.adoptLock(take, dir, &rs[i], owners) {
+				n++
+			}
+		}
+	}
+	adopt("", s.Default)
+	for i := range s.Lockspaces {
+		l := &s.Lockspaces[i]
+		if err := d.table.Restore(l.Dir); err != nil {
+			d.log.Error("live upgrade: a lockspace is not kept", "error", err)
+			continue
+		}
+		adopt(l.Dir, l.Resources)
+	}
+	return n
+}
+
+// adoptLock goes on with one resource. Whoever believes to hold it does so afterwards, and nobody
+// else gets it.
+func (d *daemon) adoptLock(take *filelock.Takeover, dir string, res *state.Resource, owners []*owner.Owner) bool {
+	holders := make([]*owner.Owner, len(res.Owners))
+	for i, place := range res.Owners {
+		holders[i] = owners[place]
+	}
+	log := d.log.With("path", res.Path)
+	if len(holders) > 0 {
+		log = log.With("", holders[0].Details())
+	}
+	lock, found, err := d.inheritedLock(take, res)
+	if err != nil {
+		log.Error("live upgrade: a lock is not kept: its descriptor can't be used and its file can't be locked anew; stop the guest or make sure that nobody else uses the disk", "error", err)
+		return false
+	}
+	rivals, err := d.table.Adopt(dir, res, holders, lock)
+	if err != nil {
+		log.Error("live upgrade: a lock is kept, but nobody can release it", "error", err)
+		return false
+	}
+	for _, rival := range rivals {
+		log.Error("two guests own one file under different names: the binary before this one let them; stop one of them",
+			"other", rival.Details().Name, "other_uuid", rival.Details().UUIDString(), "other_pid", rival.PID)
+	}
+	switch found {
+	case filelock.Regained:
+		log.Error("live upgrade: a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known")
+	case filelock.Lost:
+		log.Error("live upgrade: a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two")
+	case filelock.Weakened:
+		log.Warn("live upgrade: somebody else took a shared lock while this one was converted; it is tried until it is exclusive again")
+	}
+	return true
+}
+
+// inheritedLock takes the lock over by its descriptor or, if that is not what the state says, takes it anew.
+func (d *daemon) inheritedLock(take *filelock.Takeover, res *state.Resource) (*filelock.Lock, filelock.Finding, error) {
+	mode := filelock.Exclusive
+	if res.Flags&lockspace.Shared != 0 {
+		mode = filelock.Shared
+	}
+	err := errors.New("there is no descriptor")
+	if res.FD != state.NoFD {
+		var lock *filelock.Lock
+		var found filelock.Finding
+		if res.File == (state.File{}) { // the C daemon knows nothing of its files
+			lock, found, err = take.C(res.Path, int(res.FD), mode)
+		} else {
+			lock, found, err = take.Ours(res.Path, int(res.FD), mode, res.File)
+		}
+		if err == nil {
+			return lock, found, nil
+		}
+	}
+	lock, again := d.files.Lock(res.Path, mode, false)
+	if again != nil {
+		return nil, filelock.Lost, errors.Join(err, again)
+	}
+	return lock, filelock.Regained, nil
+}
+
+func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) {
+	for _, from := range []struct {
+		*state.Server
+		server *rpc.Server
+	}{{s.Lock, d.lock}, {s.Admin, d.admin}} {
+		if from.Server == nil {
+			continue
+		}
+		from.server.Resume(from.Server)
+		for i := range from.Clients {
+			c := &from.Clients[i]
+			err := from.server.Adopt(c, func(client *rpc.Client) error {
+				if from.server != d.lock {
+					return nil
+				}
+				return d.locks.Restore(client, c, owners)
+			})
+			if err == nil {
+				n++
+				continue
+			}
+			d.log.Error("live upgrade: a client is not kept; its connection is closed", "error", err)
+			// Only a socket can be shut down: nothing else is ever closed by mistake.
+			if unix.Shutdown(int(c.FD), unix.SHUT_RDWR) == nil {
+				unix.Close(int(c.FD))
+			}
+		}
+	}
+	return n
+}
+
+// adoptSettings restores what was changed at run time.
+func (d *daemon) adoptSettings(s *state.Snapshot) {
+	if s.Timeout != nil {
+		d.idle.setTimeout(time.Duration(*s.Timeout) * time.Second)
+	}
+	if err := d.restoreLogSettings(s); err != nil {
+		d.log.Error("live upgrade: log settings made at run time are not kept", "error", err)
+	}
+}
+
+// adoptListeners goes on listening on the sockets of the snapshot, and makes those that it does not have. A daemon
+// without socket still keeps its locks.
+func (d *daemon) adoptListeners(s *state.Snapshot) {
+	for _, l := range []struct {
+		from *state.Server
+		path string
+		to   **socket
+	}{{s.Lock, d.paths.lockSocket, &d.sockets.lock}, {s.Admin, d.paths.adminSocket, &d.sockets.admin}} {
+		var err error
+		if *l.to, err = inheritSocket(l.from); *l.to == nil && err == nil {
+			*l.to, err = bindSocket(l.path)
+		}
+		if err != nil {
+			d.log.Error("live upgrade: a socket can't be served, new clients have to wait for a restart; locks are kept", "path", l.path, "error", err)
+		}
+	}
+}
+
+// inheritSocket returns the server's first listening socket; nil without error if it has none.
+func inheritSocket(s *state.Server) (*socket, error) {
+	if s == nil || len(s.Services) == 0 || len(s.Services[0].Sockets) == 0 {
+		return nil, nil
+	}
+	from := s.Services[0].Sockets[0]
+	fd := int(from.FD)
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		return nil, fmt.Errorf("descriptor %d: %w", fd, os.NewSyscallError("getsockname", err))
+	}
+	unix.CloseOnExec(fd)
+	out := &socket{fd: fd}
+	if at, ok := name.(*unix.SockaddrUnix); ok {
+		out.path = at.Name
+	}
+	var st unix.Stat_t
+	if from.Unlink && out.path != "" && unix.Lstat(out.path, &st) == nil {
+		out.bound, out.dev, out.ino = true, st.Dev, st.Ino
+	}
+	return out, nil
+}
+
+// adoptPIDFile keeps the pid file locked. The C daemon's lock has ended with its binary, so there it
+// is taken anew.
+func (d *daemon) adoptPIDFile(s *state.Snapshot) {
+	path := d.pidFilePath()
+	if path == "" {
+		return
+	}
+	var err error
+	if s.PIDFile != state.NoFD {
+		if d.pidFile, err = pidfile.Adopt(path, int(s.PIDFile)); err == nil {
+			return
+		}
+		d.log.Error("live upgrade: the pid file is locked anew", "error", err)
+	}
+	if d.pidFile, err = pidfile.Acquire(path); err != nil {
+		d.log.Error("live upgrade: the pid file is not ours; locks are kept", "error", err)
+	}
+}
+
+// strengthen tries to make those locks exclusive again that a take-over could not keep so, until none is left or
+// stop is closed.
+func (d *daemon) strengthen(stop <-chan struct{}) {
+	tick := time.NewTicker(retryWeak)
+	defer tick.Stop()
+	for d.table.Strengthen() > 0 {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+		}
+	}
+}

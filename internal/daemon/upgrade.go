@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/filelock"
+	"virtlockd/internal/logging"
+	"virtlockd/internal/rpc"
+	"virtlockd/internal/state"
+)
+
+const (
+	// askTime is how long the new binary may take to tell its version. A binary that hangs then
+	// would hang with all locks.
+	askTime = 5 * time.Second
+	// askOutput bounds what is read of its answer, in bytes.
+	askOutput = 4 << 10
+	// patience is how long a hand-over waits for requests that are being executed. Everybody waits
+	// as long; a disk that takes longer is left to its worker process.
+	patience = 300 * time.Millisecond
+	// lastFlush bounds the wait for the last log lines, with everybody waiting.
+	lastFlush = 20 * time.Millisecond
+	// stuck is how old a call on a local disk may be: exec(2) would wait for it.
+	stuck = time.Second
+)
+
+// upgrade replaces the running binary by the one that is installed now, for SIGUSR1. Either that works and
+// everything goes on there, or nothing has happened but a log line.
+//
+//	find the binary; ask it --version in a child: does it run, is it ours or the C daemon?
+//	read the configuration: a bad file must not wait for the new binary
+//	RELOADING=1
+//	freeze: accept nobody, read nothing, let running requests end
+//	write the state file, read it back
+//	let the descriptors outlive exec; hold signals back
+//	execve
+//
+// and, if a step fails, all of it backwards.
+func (d *daemon) upgrade() {
+	d.log.Info("SIGUSR1: live upgrade begins")
+	if err := d.handOver(); err != nil {
+		d.log.Error("SIGUSR1: no live upgrade; every lock and client stays as it is", "error", err)
+	}
+}
+
+func (d *daemon) handOver() error {
+	target, err := d.findBinary()
+	if err != nil {
+		return err
+	}
+	reader, err := ask(target)
+	if err != nil {
+		return err
+	}
+	if _, _, err := d.loadConfig(); err != nil {
+		return fmt.Errorf("the new binary could not read its configuration; mend it and try again: %w", err)
+	}
+	if err := d.noCallStuck(); err != nil {
+		return err
+	}
+	d.flushLogs(flushTime) // so that it takes no time later
+	d.tellSystemd(fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", monotonic()/1000))
+	defer d.tellSystemd("READY=1") // not reached after exec: the new binary says it
+	return d.frozen(func(s *state.Snapshot) error { return d.replace(target, reader, s) })
+}
+
+// flushLogs gives log outputs time to write what they have. One that is stuck loses it, as it does
+// anyway.
+func (d *daemon) flushLogs(limit time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	_ = d.logs.Flush(ctx)
+}
+
+func (d *daemon) tellSystemd(what string) {
+	if err := d.notify.Send(what); err != nil {
+		d.log.Warn("systemd was not told of the live upgrade", "error", err)
+	}
+}
+
+// monotonic returns CLOCK_MONOTONIC in ns, which systemd wants to be told with RELOADING=1.
+func monotonic() int64 {
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &t) // always there
+	return t.Nano()
+}
+
+// findBinary looks for the program as execvp(3) does with argv[0], like the C daemon. Where that finds nothing, as with a
+// relative name after a change of directory, the file that we run from is taken.
+func (d *daemon) findBinary() (string, error) {
+	name := os.Args[0]
+	if strings.Contains(name, "/") && !filepath.IsAbs(name) {
+		name = filepath.Join(d.startDir, name)
+	}
+	path, err := exec.LookPath(name)
+	if err == nil {
+		return filepath.Abs(path)
+	}
+	self, selfErr := os.Executable()
+	if selfErr == nil {
+		self = strings.TrimSuffix(self, " (deleted)") // replaced: the new one has its name
+		if path, selfErr = exec.LookPath(self); selfErr == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("there is no program to go on with: %w", errors.Join(err, selfErr))
+}
+
+// ask runs the binary with --version and tells which daemon it is: only one that can say that much is
+// given the locks. Ours has a second line.
+func ask(path string) (state.Reader, error) {
+	fail := func(err error) (state.Reader, error) {
+		return 0, fmt.Errorf("the program %s is not fit to go on with: %w", path, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), askTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, "--version")
+	cmd.Dir = "/"
+	cmd.WaitDelay = time.Second // for one that leaves a child behind with its output
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return fail(err)
+	}
+	if err := cmd.Start(); err != nil {
+		return fail(err)
+	}
+	answer, readErr := io.ReadAll(io.LimitReader(out, askOutput))
+	err = cmd.Wait()
+	switch {
+	case ctx.Err() != nil:
+		return fail(fmt.Errorf("it did not answer --version within %v", askTime))
+	case err != nil:
+		return fail(fmt.Errorf("asked for --version: %w", err))
+	case readErr != nil:
+		return fail(readErr)
+	}
+	lines := bufio.NewScanner(bytes.NewReader(answer))
+	if !lines.Scan() || !strings.Contains(lines.Text(), " (libvirt) ") {
+		return fail(fmt.Errorf("asked for --version it says %.80q", answer))
+	}
+	if lines.Scan() && strings.HasPrefix(lines.Text(), buildinfo.Product) {
+		return state.Ours, nil
+	}
+	return state.C, nil
+}
+
+// noCallStuck tells of a call on a local disk that takes too long. exec(2) waits for each thread, also for one that sleeps
+// uninterruptibly, and nobody would be served meanwhile. Calls that workers do don't count.
+func (d *daemon) noCallStuck() error {
+	for _, c := range d.files.InFlight() {
+		if age := time.Since(c.Since); c.Worker == 0 && age > stuck {
+			return fmt.Errorf("the call %q on %s has been waiting for its disk for %v, and the upgrade would wait too; try again when it has ended",
+				c.Op, c.Path, age.Round(time.Millisecond))
+		}
+	}
+	return nil
+}
+
+// frozen calls do with a picture of everything while nothing changes. When do returns, everything goes on.
+func (d *daemon) frozen(do func(*state.Snapshot) error) error {
+	start := time.Now()
+	hung := make(map[*rpc.Client]bool)
+	for _, s := range []*rpc.Server{d.lock, d.admin} {
+		for _, c := range s.Freeze(patience) {
+			hung[c] = true
+		}
+		defer s.Thaw()
+	}
+	d.table.Freeze(patience)
+	defer d.table.Thaw()
+	d.owners.Freeze()
+	defer d.owners.Thaw()
+	if len(hung) > 0 {
+		if err := d.onlyWorkersHang(start); err != nil {
+			return err
+		}
+	}
+	snapshot, err := d.snapshot(hung)
+	if err != nil {
+		return err
+	}
+	for c := range hung {
+		d.log.Warn("a request hangs on a disk that does not answer; its connection ends with the live upgrade, and what it asked for is undone",
+			"client", c.ID(), "pid", c.PID())
+	}
+	return do(snapshot)
+}
+
+// onlyWorkersHang tells whether exec would have to wait for a call that was begun before the freeze.
+func (d *daemon) onlyWorkersHang(frozen time.Time) error {
+	for _, c := range d.files.InFlight() {
+		if c.Worker == 0 && c.Since.Before(frozen) && c.Mount == "" {
+			return fmt.Errorf("the call %q on %s waits for its disk, and the upgrade would wait too; try again when it has ended", c.Op, c.Path)
+		}
+	}
+	return nil
+}
+
+// snapshot puts together what every part says of itself. Everything is frozen.
+func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
+	s := &state.Snapshot{
+		PID: int32(os.Getpid()), PIDFile: state.NoFD,
+		StartTime: d.startTime, Upgrades: d.upgrades + 1,
+	}
+	s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place)
+	s.Lock = d.lock.Snapshot(d.unlinksSocket)
+	s.Admin = d.admin.Snapshot(d.unlinksSocket)
+	for _, c := range d.lock.Clients() {
+		if !hung[c] {
+			saved := c.Save()
+			d.locks.Save(c, d.owners.Place, &saved)
+			s.Lock.Clients = append(s.Lock.Clients, saved)
+		}
+	}
+	for _, c := range d.admin.Clients() {
+		if !hung[c] {
+			s.Admin.Clients = append(s.Admin.Clients, c.Save())
+		}
+	}
+	s.Owners = d.owners.Snapshot()
+	if d.pidFile != nil {
+		s.PIDFile = int32(d.pidFile.FD())
+	}
+	if timeout := d.idle.timeoutSeconds(); timeout != uint32(d.options.timeout/time.Second) {
+		s.Timeout = &timeout
+	}
+	d.saveLogSettings(s)
+	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
+		for i := range rs {
+			if rs[i].File.POSIX {
+				return nil, fmt.Errorf("%s has only a POSIX record lock, because its file system or kernel refuses better ones, and that is not handed over; try again when it is released", rs[i].Path)
+			}
+		}
+	}
+	return s, nil
+}
+
+func resourcesOf(spaces []state.Lockspace) (all [][]state.Resource) {
+	for i := range spaces {
+		all = append(all, spaces[i].Resources)
+	}
+	return all
+}
+
+func (d *daemon) unlinksSocket(fd int) bool {
+	for _, s := range d.sockets.all() {
+		if s.fd == fd {
+			return s.bound
+		}
+	}
+	return false
+}
+
+// replace writes the state file and runs the new binary in this process. It returns only if that did not work, and
+// then everything is as it was.
+func (d *daemon) replace(target string, reader state.Reader, s *state.Snapshot) (err error) {
+	var copies []int // of files in cells, which the C daemon knows nothing of
+	defer func() {
+		for _, fd := range copies {
+			unix.Close(fd)
+		}
+	}()
+	if reader == state.C {
+		if copies, err = d.digest(s); err != nil {
+			return err
+		}
+	}
+	data, err := state.Encode(s, reader)
+	if err != nil {
+		return err
+	}
+	if err := state.Write(d.paths.stateFile, data); err != nil {
+		return err
+	}
+	defer func() {
+		if err := state.Remove(d.paths.stateFile); err != nil {
+			d.log.Warn("the state file of a live upgrade that failed was left behind", "error", err)
+		}
+	}()
+	d.log.Info("live upgrade: everything is written, the new binary takes over",
+		"binary", target, "locks", countLocks(s), "clients", len(s.Lock.Clients)+len(s.Admin.Clients), "bytes", len(data))
+	d.flushLogs(lastFlush)
+
+	// A child that is forked from here on would keep locks alive.
+	syscall.ForkLock.Lock()
+	defer syscall.ForkLock.Unlock()
+	fds := descriptors(s, reader)
+	if err := inheritable(fds, true); err != nil {
+		return errors.Join(err, inheritable(fds, false))
+	}
+	err = execute(target, reader)
+	return errors.Join(fmt.Errorf("cannot run %s: %w", target, err), inheritable(fds, false))
+}
+
+func countLocks(s *state.Snapshot) int {
+	n := len(s.Default)
+	for i := range s.Lockspaces {
+		n += len(s.Lockspaces[i].Resources)
+	}
+	return n
+}
+
+// digest makes of a snapshot one that the C daemon can go on with, or says why that is impossible.
+func (d *daemon) digest(s *state.Snapshot) (copies []int, err error) {
+	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
+		for i := range rs {
+			if !rs[i].File.Remote {
+				continue
+			}
+			fd, err := filelock.PeekCell(int(rs[i].FD))
+			if err != nil {
+				return copies, fmt.Errorf("the lock on %s cannot be handed over to the C daemon: %w", rs[i].Path, err)
+			}
+			copies = append(copies, fd)
+			rs[i].FD = int32(fd)
+		}
+	}
+	s.PIDFile = state.NoFD // it locks the file anew, with a lock that ours would refuse
+	obstacles, err := state.ForC(s)
+	if err != nil {
+		return copies, err
+	}
+	for _, o := range obstacles {
+		switch {
+		case o.Hurdle.Blocks() && o.Client != 0:
+			// Its connection ends; the C daemon would end with every lock.
+			server := s.Lock
+			if o.Server == adminServer {
+				server = s.Admin
+			}
+			server.Clients = slices.DeleteFunc(server.Clients, func(c state.Client) bool { return c.ID == o.Client })
+			d.log.Warn("live upgrade to the C daemon: a client's connection ends", "reason", o.Why)
+		case o.Hurdle.Blocks():
+			return copies, fmt.Errorf("the C daemon cannot take over: %s", o.Why)
+		default:
+			d.log.Warn("live upgrade to the C daemon: something is not kept", "reason", o.Why)
+		}
+	}
+	return copies, nil
+}
+
+// descriptors lists those that the new binary needs.
+func descriptors(s *state.Snapshot, reader state.Reader) (fds []int32) {
+	add := func(fd int32) {
+		if fd != state.NoFD {
+			fds = append(fds, fd)
+		}
+	}
+	add(s.PIDFile)
+	for _, server := range []*state.Server{s.Lock, s.Admin} {
+		for _, service := range server.Services {
+			for _, socket := range service.Sockets {
+				add(socket.FD)
+			}
+		}
+		for i := range server.Clients {
+			add(server.Clients[i].FD)
+		}
+	}
+	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
+		for i := range rs {
+			add(rs[i].FD)
+		}
+	}
+	if reader == state.Ours {
+		for i := range s.Owners {
+			add(s.Owners[i].PIDFD)
+		}
+	}
+	return fds
+}
+
+// inheritable says whether descriptors outlive exec(2).
+func inheritable(fds []int32, yes bool) error {
+	flags := unix.FD_CLOEXEC
+	if yes {
+		flags = 0
+	}
+	var errs []error
+	for _, fd := range fds {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, flags); err != nil {
+			errs = append(errs, fmt.Errorf("descriptor %d: %w", fd, os.NewSyscallError("fcntl(F_SETFD)", err)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// execute runs the new binary in this process, with our arguments and environment. Until that has its handlers
+// in place, signals must neither be lost nor deadly: ours finds them blocked and pending; for the C
+// daemon, which would leave them blocked for ever, only SIGUSR1 is ignored.
+func execute(target string, reader state.Reader) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var mask, old unix.Sigset_t
+	if reader == state.Ours {
+		for _, s := range heldBack {
+			mask.Val[(s-1)/64] |= 1 << ((uint(s) - 1) % 64)
+		}
+	} else {
+		signal.Ignore(syscall.SIGUSR1)
+	}
+	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &mask, &old); err != nil {
+		return os.NewSyscallError("pthread_sigmask", err)
+	}
+	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
+	return os.NewSyscallError("execve", syscall.Exec(target, os.Args, os.Environ()))
+}
+
+// heldBack are the signals that mean something to a daemon. Others stay as they are: the Go run-time
+// needs some of them for itself.
+var heldBack = []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1,
+	syscall.SIGUSR2, syscall.SIGALRM}
+
+// saveLogSettings notes what was changed at run time, by the admin protocol.
+func (d *daemon) saveLogSettings(s *state.Snapshot) {
+	now, configured := d.logs.Settings(), d.configured.Load()
+	note := func(to **string, now, configured string) {
+		if now != configured {
+			*to = &now
+		}
+	}
+	note(&s.LogLevel, strconv.Itoa(int(now.Level)), strconv.Itoa(int(configured.Level)))
+	note(&s.LogFilters, logging.FormatFilters(now.Filters), logging.FormatFilters(configured.Filters))
+	note(&s.LogOutputs, logging.FormatOutputs(now.Outputs), logging.FormatOutputs(configured.Outputs))
+}
+
+// restoreLogSettings is the other half of saveLogSettings.
+func (d *daemon) restoreLogSettings(s *state.Snapshot) error {
+	var errs []error
+	if s.LogLevel != nil {
+		level, err := strconv.Atoi(*s.LogLevel)
+		if err == nil && level >= int(logging.Debug) && level <= int(logging.Error) {
+			err = d.logs.SetLevel(logging.Level(level))
+		}
+		errs = append(errs, err)
+	}
+	if s.LogFilters != nil {
+		errs = append(errs, d.logs.SetFilters(*s.LogFilters))
+	}
+	if s.LogOutputs != nil {
+		errs = append(errs, d.logs.SetOutputs(*s.LogOutputs))
+	}
+	return errors.Join(errs...)
+}
