@@ -21,7 +21,6 @@ const (
 	NoLockServer                 // it ends
 	BadText                      // a name that is not UTF-8, or has a zero byte: it ends, or cuts it
 	NoDescriptor                 // of a resource whose lock is lost: it ends
-	NotOwned                     // a resource that nobody holds: it ends
 	Limits                       // max_anonymous_clients above max_clients: it ends
 	Authentication               // a client that has yet to authenticate though it need not: it ends
 	HalfRequest                  // of a client: it would take the rest for a new one
@@ -29,6 +28,7 @@ const (
 	ToBeClosed                   // a client that would stay
 	Setting                      // changed at run time: as configured afterwards
 	Identity                     // two owners with one number: one owner afterwards
+	NotOwned                     // a resource that nobody holds: it stays so
 )
 
 // Blocks tells whether the C daemon must not be started because of it.
@@ -129,7 +129,7 @@ func (e *encoder) obstacles(s *Snapshot) []Obstacle {
 				client(BadText, "is registered with the name %q, which JSON for the C daemon cannot hold", c.Owner.Name)
 			}
 			if len(c.Unread) > 0 || c.Dropped > 0 {
-				client(HalfRequest, "has sent %d bytes of a request that is not whole", uint64(len(c.Unread))+uint64(c.Dropped))
+				client(HalfRequest, "has sent %d bytes that were read and not executed yet", uint64(len(c.Unread))+uint64(c.Dropped))
 			}
 			if len(c.Unsent) > 0 {
 				client(HalfReply, "has yet to be sent %d bytes of a reply", len(c.Unsent))
@@ -157,7 +157,7 @@ func (e *encoder) obstacles(s *Snapshot) []Obstacle {
 				resource(NoDescriptor, "has lost its lock")
 			}
 			if len(r.Owners) == 0 {
-				resource(NotOwned, "has no owners")
+				resource(NotOwned, "has no owners, so nobody could release it")
 			}
 		}
 	}
