@@ -286,6 +286,9 @@ func (d *daemon) start(fault error) (err error) {
 	if err = tolerate(err); err != nil {
 		return err
 	}
+	if settings.MaxClients == 0 { // tolerated: limits come with the state file, if it has them
+		settings = conf.Defaults()
+	}
 
 	if err := tolerate(d.paths.makeRunDir()); err != nil {
 		return err

@@ -262,25 +262,32 @@ func (t *Takeover) mountOf(fd int) (mount string, local bool, err error) {
 	return mount, local, nil
 }
 
-// convert does the steps that C describes. l.mode becomes what the kernel has in the end.
+// convert does the steps that C describes. l.mode becomes what the kernel has in the end. A lock that
+// came from our own binary before the C daemon had it is an OFD lock already.
 func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
-	errno := s.setLock(fd, unix.F_OFD_SETLK, lockType(l.mode))
-	if errno != 0 && !refused(errno) {
+	// Asked as a process, the kernel names OFD locks, those on this very descriptor too.
+	before, errno := s.blocker(fd, unix.F_GETLK)
+	if errno != 0 {
 		return Lost, errno
 	}
-	found := Kept
-	switch mine, err := s.posixLockIsMine(fd); {
-	case err != 0:
-		return Lost, err
-	case errno != 0 && !mine:
+	refusal := s.setLock(fd, unix.F_OFD_SETLK, lockType(l.mode))
+	if refusal != 0 && !refused(refusal) {
+		return Lost, refusal
+	}
+	// Asked as a description, it names POSIX locks, those of this very process too.
+	now, errno := s.blocker(fd, unix.F_OFD_GETLK)
+	mine := now.Type != unix.F_UNLCK && int(now.Pid) == os.Getpid()
+	switch {
+	case errno != 0:
+		return Lost, errno
+	case refusal != 0 && !mine:
 		l.mode = Shared // for Strengthen
 		return Lost, 0
-	case errno == 0 && l.mode == Exclusive:
-		return Regained, 0 // a POSIX lock of ours would have refused it
-	case errno == 0:
-		// Shared beside our own POSIX lock, or in its stead.
-		if s.fl.Type == unix.F_UNLCK {
-			found = Regained // nothing at all was there
+	case refusal == 0:
+		// Exclusive: it was ours, or nobody's. Shared: beside our own POSIX lock, or in its stead.
+		found := Kept
+		if before.Type == unix.F_UNLCK && now.Type == unix.F_UNLCK {
+			found = Regained
 		}
 		return found, s.setLock(fd, unix.F_SETLK, unix.F_UNLCK)
 	}
@@ -302,14 +309,11 @@ func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
 	return Kept, 0
 }
 
-// posixLockIsMine tells whether the lock that would refuse an exclusive one on fd is a POSIX lock of
-// this process.
-func (s *scratch) posixLockIsMine(fd int) (bool, syscall.Errno) {
+// blocker returns a lock that would refuse an exclusive one on fd, with type F_UNLCK if there is none.
+func (s *scratch) blocker(fd, cmd int) (unix.Flock_t, syscall.Errno) {
 	s.fl = unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
-	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &s.fl); err != nil {
-		return false, toErrno(err)
-	}
-	return s.fl.Type != unix.F_UNLCK && int(s.fl.Pid) == os.Getpid(), 0
+	err := unix.FcntlFlock(uintptr(fd), cmd, &s.fl)
+	return s.fl, toErrno(err)
 }
 
 // Strengthen makes a lock exclusive that was Weakened, and tells whether it is now.

@@ -91,6 +91,26 @@ func TestTakeoverFromC(t *testing.T) {
 	}
 }
 
+// A lock that came from our own binary, went through the C daemon and comes back was never lost.
+func TestTakeoverOfOFDLock(t *testing.T) {
+	files := newFiles(t, Config{})
+	for _, mode := range []Mode{Shared, Exclusive} {
+		path := filepath.Join(t.TempDir(), "disk")
+		l, err := files.Lock(path, mode, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, _ := l.State()
+		l, found, err := files.Takeover().C(path, fd, mode)
+		if err != nil || found != Kept {
+			t.Errorf("mode %d: found %v, error %v", mode, found, err)
+		}
+		if err := l.Release(""); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // The C daemon lets two names own one file; the kernel has one lock for both, until both are released.
 func TestTakeoverOfTwoOwners(t *testing.T) {
 	files := newFiles(t, Config{})
