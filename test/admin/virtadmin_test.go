@@ -493,6 +493,32 @@ func TestProxy(t *testing.T) {
 	}
 }
 
+// One administrator can disconnect another, and is not seen any more when he himself has gone.
+func TestAdministrators(t *testing.T) {
+	t.Parallel()
+	sides := both(t, host.Options{})
+	var others [2]*wire.Conn
+	for i, s := range sides {
+		others[i] = s.d.Dial("admin")
+		if err := others[i].AdminOpen(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	compare(t, sides, []command{
+		{"client-list admin", 0},
+		{"client-disconnect admin 1", 0},
+		{"client-disconnect admin 1", 1},
+		{"client-list admin", 0},
+		{"srv-clients-info admin", 0},
+		{"client-disconnect admin 7", 1}, // itself: it sees its connection end
+	})
+	for i, s := range sides {
+		if _, err := others[i].Recv(); err != wire.ErrClosed {
+			t.Errorf("%s: the other administrator: %v", s.name, err)
+		}
+	}
+}
+
 // Filters and outputs change what is logged with the next line.
 func TestLoggingAtOnce(t *testing.T) {
 	t.Parallel()
@@ -542,6 +568,21 @@ func TestLoggingAtOnce(t *testing.T) {
 		if strings.Count(tail, "\n") != 1 {
 			t.Errorf("%s: after the filter was dropped: %q", s.name, tail)
 		}
+	}
+}
+
+// Blanks alone leave the C daemon without any output, which it can't even tell; ours goes back to the default, as for an
+// empty string. (D-admin-outputs)
+func TestBlankOutputs(t *testing.T) {
+	t.Parallel()
+	sides := both(t, host.Options{})
+	compare(t, sides, []command{{"daemon-log-outputs 4:stderr", 0}, {"daemon-log-outputs __", 0}})
+	const mute = "error: Unable to get daemon logging outputs information\nerror: Library function returned error but did not set virError\n"
+	if r := sides[0].admin.Run(t, "daemon-log-outputs"); r.Exit != 1 || r.Stderr != mute {
+		t.Errorf("C: %v", r)
+	}
+	if r := sides[1].admin.Run(t, "daemon-log-outputs"); r.Exit != 0 || r.Stdout != " Logging outputs: 3:stderr\n\n" {
+		t.Errorf("ours: %v", r)
 	}
 }
 
