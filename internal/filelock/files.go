@@ -295,7 +295,7 @@ func (s *scratch) makeDirs(path string) syscall.Errno {
 	// Somebody was faster; a directory is what we wanted.
 	info, errno := s.statAt(dir)
 	if errno == 0 && info.kind() != unix.S_IFDIR {
-		errno = unix.EEXIST
+		errno = unix.ENOTDIR // as the C daemon calls it
 	}
 	return errno
 }

@@ -52,7 +52,8 @@ func TestMakeDir(t *testing.T) {
 			{dir + "/file", ErrNotDir},
 			{dir + "/filelink", ErrNotDir},
 			{dir + "/file/below", unix.ENOTDIR},
-			{dir + "/dangling", unix.EEXIST},
+			{dir + "/dangling", unix.ENOTDIR},
+			{dir + "/dangling/below", unix.ENOENT},
 			{dir + "/loop/x", unix.ELOOP},
 			{"/proc/self/x", unix.ENOENT},
 		} {

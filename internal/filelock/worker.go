@@ -274,8 +274,13 @@ func makeDirs(path string) reply {
 		if info, errno = stat(part); errno == unix.ENOENT {
 			errno = retry(func() error { return unix.Mkdir(part, dirMode) })
 			if errno == unix.EEXIST {
-				if again, e := stat(part); e == 0 && again.kind() == unix.S_IFDIR {
+				switch again, e := stat(part); {
+				case e == 0 && again.kind() == unix.S_IFDIR:
 					errno = 0 // somebody was faster
+				case i < len(path):
+					errno = 0 // a dangling link: what is below it says so
+				default:
+					errno = unix.ENOTDIR // as the C daemon calls it
 				}
 			}
 		} else if errno == 0 && info.kind() != unix.S_IFDIR {
