@@ -32,9 +32,18 @@ type fileID struct {
 // tests take none of that kind. Several locks of the same type and range count as one.
 func (h *Host) Locks(d *Daemon, path string) []Lock {
 	h.t.Helper()
-	all, err := h.locks(path)
+	out, err := h.LocksOf(d, path)
 	if err != nil {
 		h.t.Fatalf("locks of %s: %v", path, err)
+	}
+	return out
+}
+
+// LocksOf is Locks for a file that may not be there.
+func (h *Host) LocksOf(d *Daemon, path string) ([]Lock, error) {
+	all, err := h.locks(path)
+	if err != nil {
+		return nil, err
 	}
 	var out []Lock
 	for _, l := range all {
@@ -42,7 +51,7 @@ func (h *Host) Locks(d *Daemon, path string) []Lock {
 			out = append(out, l)
 		}
 	}
-	return out
+	return out, nil
 }
 
 func (h *Host) locks(path string) ([]Lock, error) {

@@ -198,10 +198,16 @@ func (p *Process) Close() {
 func (p *Process) IgnoreTerm() { p.do(order{Op: "ignore"}) }
 
 // Lock takes a POSIX lock on a range of a file, as another lock manager would; the file is made (0644) if it is
-// missing. Kind is "R" or "W". It lasts as long as the process.
+// missing. Kind is "R" or "W". It lasts until Unlock, or as long as the process.
 func (p *Process) Lock(path, kind string, start, length int64) {
 	p.t.Helper()
 	p.do(order{Op: "lock", Path: path, Kind: kind, Start: start, Len: length})
+}
+
+// Unlock gives up all locks of the process.
+func (p *Process) Unlock() {
+	p.t.Helper()
+	p.do(order{Op: "unlock"})
 }
 
 // Dial makes the process connect to a daemon's "lock" or "admin" socket. The connection is used and closed by
@@ -321,6 +327,7 @@ func agent() error {
 		return err
 	}
 	kept := -1
+	var locked []int
 	buf := make([]byte, 4096)
 	for {
 		n, err := unix.Read(controlFD, buf)
@@ -340,7 +347,15 @@ func agent() error {
 		case "ignore":
 			signal.Ignore(syscall.SIGTERM)
 		case "lock":
-			err = lock(o)
+			var file int
+			if file, err = lock(o); err == nil {
+				locked = append(locked, file)
+			}
+		case "unlock":
+			for _, file := range locked {
+				_ = unix.Close(file)
+			}
+			locked = nil
 		case "connect", "connect-keep":
 			fd, err = connect(o.Path)
 		case "child":
@@ -392,17 +407,21 @@ func connect(path string) (int, error) {
 	}
 }
 
-func lock(o order) error {
+// lock returns the descriptor whose closing ends the lock.
+func lock(o order) (int, error) {
 	fd, err := unix.Open(o.Path, unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC, 0o644)
 	if err != nil {
-		return os.NewSyscallError("open", err)
+		return -1, os.NewSyscallError("open", err)
 	}
 	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: unix.SEEK_SET, Start: o.Start, Len: o.Len}
 	if o.Kind == "R" {
 		l.Type = unix.F_RDLCK
 	}
-	// The descriptor stays open: the lock goes with the process.
-	return os.NewSyscallError("fcntl", unix.FcntlFlock(uintptr(fd), unix.F_SETLK, &l))
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_SETLK, &l); err != nil {
+		_ = unix.Close(fd)
+		return -1, os.NewSyscallError("fcntl", err)
+	}
+	return fd, nil
 }
 
 func child(fd int) (int, error) {

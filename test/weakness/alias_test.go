@@ -204,6 +204,33 @@ func TestW06LockStays(t *testing.T) {
 	}
 }
 
+// CREATE does not even open a file that is there: that could hang, and closing it drops locks of the C daemon's kind.
+func TestW06CreateOpensNothing(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	c := d.Client(noOne)
+	h.Must(func() error {
+		for _, err := range []error{
+			unix.Mkfifo(path("fifo"), 0o600),
+			unix.Mknod(path("nodevice"), unix.S_IFCHR|0o600, int(unix.Mkdev(240, 77))),
+			os.Mkdir(path("readonly"), 0o755),
+			os.WriteFile(path("readonly/file"), nil, 0o444),
+			unix.Mount(path("readonly"), path("readonly"), "", unix.MS_BIND, ""),
+			unix.Mount("", path("readonly"), "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""),
+		} {
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	for _, name := range []string{"readonly/file", "nodevice", "fifo"} {
+		if err := c.Create("", path(name)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // DELETE under another name does not remove what is held.
 func TestW15DeleteUnderAlias(t *testing.T) {
 	t.Parallel()
