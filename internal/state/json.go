@@ -184,25 +184,30 @@ func (s *scanner) unexpected() {
 	s.fail(fmt.Sprintf("unexpected %q", s.data[s.pos]))
 }
 
+// plain are the bytes that stand for themselves in a string.
+var plain = func() (t [256]bool) {
+	for c := 0x20; c < len(t); c++ {
+		t[c] = c != '"' && c != '\\'
+	}
+	return t
+}()
+
 // str reads a string; data[pos] is its quote. The result is part of data where it can be.
 func (s *scanner) str() []byte {
 	s.pos++
 	start := s.pos
-	for i, c := range s.data[min(start, len(s.data)):] {
-		switch {
-		case c == '"':
-			s.pos = start + i + 1
-			return s.data[start : start+i]
-		case c == '\\':
-			s.pos = start + i
-			return s.escaped(append([]byte(nil), s.data[start:s.pos]...))
-		case c < 0x20:
-			s.pos = start + i
-			s.unexpected()
-			return nil
-		}
+	i := start
+	for i < len(s.data) && plain[s.data[i]] {
+		i++
 	}
-	s.pos = len(s.data)
+	s.pos = i
+	if i < len(s.data) && s.data[i] == '"' {
+		s.pos++
+		return s.data[start:i]
+	}
+	if i < len(s.data) && s.data[i] == '\\' {
+		return s.escaped(append([]byte(nil), s.data[start:i]...))
+	}
 	s.unexpected()
 	return nil
 }

@@ -253,11 +253,11 @@ type scene struct {
 	name string
 	play func(m machine) []*wire.Conn
 	// What the state then has.
-	clients                      []string // restricted and owner, in the order of ids
-	resources                    []string // lockspace, name, flags and owners, sorted
-	spaces                       int
-	held                         []string // files
-	firstOwns, firstSpace, other string   // a resource that the first client can release
+	clients               []string // restricted and owner, in the order of ids
+	resources             []string // lockspace, name, flags and owners, sorted
+	spaces                int
+	held                  []string // files
+	firstSpace, firstOwns string   // a resource of the first client
 }
 
 var scenes = []scene{
