@@ -264,6 +264,9 @@ func (p *Process) receive() (answer, *os.File, error) {
 	var a answer
 	buf, oob := make([]byte, 4096), make([]byte, unix.CmsgSpace(4))
 	n, oobn, _, _, err := unix.Recvmsg(p.control, buf, oob, unix.MSG_CMSG_CLOEXEC)
+	for err == unix.EINTR { // Go interrupts threads that stay long
+		n, oobn, _, _, err = unix.Recvmsg(p.control, buf, oob, unix.MSG_CMSG_CLOEXEC)
+	}
 	if err != nil {
 		return a, nil, os.NewSyscallError("recvmsg", err)
 	}
