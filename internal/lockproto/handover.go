@@ -5,6 +5,7 @@ package lockproto
 import (
 	"fmt"
 
+	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
@@ -24,6 +25,9 @@ func (p *Program) Save(c *rpc.Client, place func(*owner.Owner) int32, into *stat
 	if self := s.self.Load(); self != nil {
 		into.Self = place(self)
 	}
+	if len(into.Unsent) > 0 && s.acquired.Resource != "" {
+		into.Undo = &state.Undo{Lockspace: s.acquired.Lockspace, Resource: s.acquired.Resource}
+	}
 }
 
 // Restore gives a connection back what it had told us. owners are those of the snapshot, each
@@ -36,6 +40,9 @@ func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Own
 	}
 	d := owner.Details(from.Owner)
 	s.owner = &d
+	if from.Undo != nil {
+		s.acquired = lockspace.Request{Lockspace: from.Undo.Lockspace, Resource: from.Undo.Resource}
+	}
 	switch {
 	case from.Self != state.None:
 		self := owners[from.Self]

@@ -266,7 +266,7 @@ func (s *session) speaksForOurs(c *rpc.Client) bool {
 // knows that it is held.
 func (p *Program) Undo(c *rpc.Client) {
 	s := c.Session.(*session)
-	if s.acquired.Owner == nil {
+	if s.acquired.Resource == "" {
 		return
 	}
 	req := s.acquired

@@ -92,10 +92,10 @@ func (s *Server) Snapshot(unlink func(fd int) bool) *state.Server {
 // Save returns what is to be kept of a client of a frozen server that is not running.
 func (c *Client) Save() state.Client {
 	return state.Client{
-		ID: c.id, ConnectTime: c.accepted, FD: int32(c.fd),
+		ID: c.id, ConnectTime: c.accepted, Uptime: c.uptime, FD: int32(c.fd),
 		MaxRequests: 1,
 		Self:        state.None,
-		Unread:      c.in, Dropped: c.dropped,
+		Unread:      c.in, Dropped: c.dropped, FDs: c.fds, LastFD: c.lastFD,
 		Unsent: c.out, Closing: c.last,
 	}
 }
@@ -123,9 +123,14 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 	if err != nil || kind != unix.SOCK_STREAM {
 		return fail(fmt.Errorf("it is no stream socket: type %d", kind))
 	}
-	up, err := uptime()
-	if err != nil {
-		return fail(err)
+	up := from.Uptime
+	if up == 0 { // the C daemon keeps seconds of the wall clock
+		if up, err = uptime(); err != nil {
+			return fail(err)
+		}
+		if age := time.Now().UnixNano() - from.ConnectTime; from.ConnectTime > 0 && age > 0 {
+			up -= age
+		}
 	}
 	unix.CloseOnExec(fd)
 	if err := unix.SetNonblock(fd, true); err != nil {
@@ -135,10 +140,11 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 		server: s, id: from.ID, fd: fd,
 		accepted: from.ConnectTime, uptime: up,
 		pid: cred.Pid, uid: cred.Uid, gid: cred.Gid,
-		in: from.Unread, dropped: from.Dropped, out: from.Unsent, last: from.Closing,
+		in: from.Unread, dropped: from.Dropped, fds: from.FDs, lastFD: from.LastFD,
+		out: from.Unsent, last: from.Closing,
 	}
-	if age := time.Now().UnixNano() - from.ConnectTime; from.ConnectTime > 0 && age > 0 {
-		c.uptime -= age
+	if len(c.out) > 0 && len(s.programs) > 0 {
+		c.caller = s.programs[0].Program // each server has one
 	}
 	c.state.Store(stateActive | stateEvent) // nobody else runs it before it is complete
 	for i := range s.programs {
