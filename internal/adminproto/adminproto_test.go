@@ -541,7 +541,7 @@ func TestShutdownRefused(t *testing.T) {
 		b.cfg.Shutdown = func(bool) (func(), error) { return nil, *reason.Load() }
 	})
 	c := b.dial("admin")
-	const next = " and would be lost; stop or migrate the guests first, or use --preserve to keep the locks"
+	const next = " and would be lost; stop, migrate or suspend the guests first; to replace the program use the live upgrade (SIGUSR1), which keeps them"
 	for _, tt := range []struct {
 		err  error
 		want string

@@ -69,7 +69,7 @@ func (e *LocksHeldError) Error() string {
 	if e.Locks == 1 {
 		held = "1 lock is held"
 	}
-	return held + " and would be lost; stop or migrate the guests first, or use --preserve to keep the locks"
+	return held + " and would be lost; stop, migrate or suspend the guests first; to replace the program use the live upgrade (SIGUSR1), which keeps them"
 }
 
 // guardedError refuses to disconnect a guest.

@@ -471,12 +471,9 @@ func (d *daemon) reload() {
 }
 
 // shutdown is what the admin protocol's call of that name asks for. Unlike a signal it doesn't give up
-// locks.
-func (d *daemon) shutdown(preserve bool) (begin func(), err error) {
-	if preserve {
-		return nil, errors.New("keeping everything over the daemon's end is not available in this build")
-	}
-	if n := d.table.Held(); n > 0 {
+// locks. To preserve them makes no difference: a lock can't outlive the process, so none may be held.
+func (d *daemon) shutdown(bool) (begin func(), err error) {
+	if n := d.table.Retire(); n > 0 {
 		return nil, &adminproto.LocksHeldError{Locks: n}
 	}
 	return func() {

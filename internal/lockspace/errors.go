@@ -19,6 +19,7 @@ var (
 	ErrOwnerEnded    = errors.New("the owner's process has ended")
 	ErrEscapes       = errors.New("the resource's name leaves the lockspace's directory")
 	ErrTooMany       = errors.New("too many of them")
+	ErrRetired       = errors.New("the daemon is ending")
 	ErrGone          = errors.New("the client has gone")
 )
 

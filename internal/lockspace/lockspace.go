@@ -93,6 +93,7 @@ type Table struct {
 	byOwner map[*owner.Owner][]*resource  // held ones, once for each entry in holders
 	held    int                           // names held
 	settles sync.Cond                     // signalled when a phase ends
+	retired bool                          // see Retire
 	busy    int                           // resources acquiring or releasing
 }
 
@@ -113,6 +114,18 @@ func (t *Table) Held() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.held
+}
+
+// Retire makes the table refuse to acquire anything from now on, if nothing is held or being acquired, so
+// that the daemon can end without giving up a lock. Otherwise it returns how many there are.
+func (t *Table) Retire() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := t.held + t.busy; n > 0 {
+		return n
+	}
+	t.retired = true
+	return 0
 }
 
 // Lookup returns ErrNoLockspace if there is none at path. "" always exists.
@@ -253,6 +266,10 @@ func (t *Table) acquire(req *Request) (path string, err error) {
 		return "", err
 	}
 	path = s.path(req.Resource)
+	if t.retired {
+		t.mu.Unlock()
+		return path, ErrRetired
+	}
 	if r != nil {
 		defer t.mu.Unlock()
 		return path, t.join(r, req)

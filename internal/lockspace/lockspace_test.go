@@ -408,6 +408,24 @@ func TestRandomly(t *testing.T) {
 	}
 }
 
+// A table that holds nothing can be retired, and then gives nothing away any more.
+func TestRetire(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	disk := f.touch("disk")
+	o := f.number()
+	f.want("acquire", f.acquire(disk, 0, o), nil)
+	if n := f.Table.Retire(); n != 1 {
+		t.Errorf("with one lock held: %d", n)
+	}
+	f.want("release", f.release(disk, o), nil)
+	if n := f.Table.Retire(); n != 0 {
+		t.Errorf("with nothing held: %d", n)
+	}
+	f.want("acquire after that", f.acquire(disk, 0, o), ErrRetired)
+	o.Release()
+}
+
 // Close gives up everything, also what is being acquired when it is called.
 func TestClose(t *testing.T) {
 	t.Parallel()

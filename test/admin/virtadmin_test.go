@@ -626,7 +626,7 @@ func TestShutdown(t *testing.T) {
 			continue
 		}
 		if want := "Requested operation is not valid: 1 lock is held and would be lost; " +
-			"stop or migrate the guests first, or use --preserve to keep the locks"; text != want {
+			"stop, migrate or suspend the guests first; to replace the program use the live upgrade (SIGUSR1), which keeps them"; text != want {
 			t.Errorf("ours:\n got %s\nwant %s", text, want)
 		}
 		if err := conns[i].Release("", host.Data+"/disk"); err != nil {
