@@ -48,11 +48,24 @@ const (
 	prioWorkers = "prioWorkers"
 )
 
+// PriorityWorkers returns the number that was set for a server. It has no effect but to be shown, and to
+// be handed over to the next binary.
+func (p *Program) PriorityWorkers(s *rpc.Server) uint32 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.priorityWorkers[s.Name()]
+}
+
+// SetPriorityWorkers sets what PriorityWorkers returns.
+func (p *Program) SetPriorityWorkers(s *rpc.Server, n uint32) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.priorityWorkers[s.Name()] = n
+}
+
 // threadPool describes a pool of no threads: requests are served without one.
 func (p *Program) threadPool(_ *rpc.Client, a *args, out []byte) ([]byte, error) {
-	p.mu.Lock()
-	prio := p.priorityWorkers[a.server.Name()]
-	p.mu.Unlock()
+	prio := p.PriorityWorkers(a.server)
 	return appendUints(out,
 		param{field: minWorkers},
 		param{field: maxWorkers},
@@ -73,9 +86,7 @@ func (p *Program) setThreadPool(c *rpc.Client, a *args, out []byte) ([]byte, err
 		return out, errNoPool
 	}
 	if prio, set := v[prioWorkers]; set {
-		p.mu.Lock()
-		p.priorityWorkers[a.server.Name()] = prio
-		p.mu.Unlock()
+		p.SetPriorityWorkers(a.server, prio)
 		p.changed(c, "the number of priority workers was set; it has no effect, since there are no worker threads",
 			slog.String("server", a.server.Name()), slog.Uint64("prio_workers", uint64(prio)))
 	}

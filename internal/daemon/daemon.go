@@ -178,21 +178,22 @@ type daemon struct {
 	// changes others.
 	configured atomic.Pointer[logging.Settings]
 
-	startDir   string // where relative names on the command line and in the configuration count from
-	configFile string // absolute, or "" as given
-	logs       *logging.Logs
-	log        *slog.Logger
-	pidFile    *pidfile.File
-	poller     *poll.Poller
-	files      *filelock.Files
-	owners     *owner.Registry
-	table      *lockspace.Table
-	locks      *lockproto.Program
-	sockets    sockets
-	lock       *rpc.Server
-	admin      *rpc.Server
-	idle       *idler
-	asked      chan struct{} // the admin protocol wants the daemon to end
+	startDir     string // where relative names on the command line and in the configuration count from
+	configFile   string // absolute, or "" as given
+	logs         *logging.Logs
+	log          *slog.Logger
+	pidFile      *pidfile.File
+	poller       *poll.Poller
+	files        *filelock.Files
+	owners       *owner.Registry
+	table        *lockspace.Table
+	locks        *lockproto.Program
+	adminProgram *adminproto.Program
+	sockets      sockets
+	lock         *rpc.Server
+	admin        *rpc.Server
+	idle         *idler
+	asked        chan struct{} // the admin protocol wants the daemon to end
 }
 
 // main runs from after the command line, whose fault (or nil) is given, to the end.
@@ -347,6 +348,15 @@ func (d *daemon) start(fault error) (err error) {
 	if err != nil {
 		return err
 	}
+	d.adminProgram = adminproto.New(adminproto.Config{
+		Servers:    func() []*rpc.Server { return []*rpc.Server{d.admin, d.lock} },
+		Logs:       d.logs,
+		Guards:     d.locks.Guards,
+		SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
+		Shutdown:   d.shutdown,
+		LibVersion: version,
+		Logger:     d.category("admin"),
+	})
 	d.admin = rpc.NewServer(d.poller, rpc.Config{
 		Name:       adminServer,
 		Setting:    "admin_max_clients",
@@ -354,17 +364,9 @@ func (d *daemon) start(fault error) (err error) {
 		MaxUnauth:  settings.AdminMaxClients,
 		MaxMessage: adminproto.MaxMessage,
 		AllowUID:   d.paths.uid,
-		Programs: []rpc.Program{adminproto.New(adminproto.Config{
-			Servers:    func() []*rpc.Server { return []*rpc.Server{d.admin, d.lock} },
-			Logs:       d.logs,
-			Guards:     d.locks.Guards,
-			SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
-			Shutdown:   d.shutdown,
-			LibVersion: version,
-			Logger:     d.category("admin"),
-		})},
-		Logger:  d.category("rpc.netserver"),
-		Changed: d.idle.changed,
+		Programs:   []rpc.Program{d.adminProgram},
+		Logger:     d.category("rpc.netserver"),
+		Changed:    d.idle.changed,
 	})
 
 	if resume != nil {

@@ -182,6 +182,7 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 			continue
 		}
 		from.server.Resume(from.Server)
+		d.adminProgram.SetPriorityWorkers(from.server, from.PriorityWorkers)
 		for i := range from.Clients {
 			c := &from.Clients[i]
 			err := from.server.Adopt(c, func(client *rpc.Client) error {

@@ -225,6 +225,8 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place)
 	s.Lock = d.lock.Snapshot(d.unlinksSocket)
 	s.Admin = d.admin.Snapshot(d.unlinksSocket)
+	s.Lock.PriorityWorkers = d.adminProgram.PriorityWorkers(d.lock)
+	s.Admin.PriorityWorkers = d.adminProgram.PriorityWorkers(d.admin)
 	for _, c := range d.lock.Clients() {
 		if !hung[c] {
 			saved := c.Save()

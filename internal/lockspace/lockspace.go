@@ -121,7 +121,7 @@ func (t *Table) Held() int {
 func (t *Table) Retire() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if n := t.held + t.busy; n > 0 {
+	if n := max(t.held, t.busy); n > 0 {
 		return n
 	}
 	t.retired = true
