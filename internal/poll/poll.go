@@ -21,7 +21,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -57,7 +56,6 @@ type Poller struct {
 	wakefd int // eventfd, readable once the poller is stopped; level-triggered, so it wakes every waiter
 
 	waiting atomic.Int32   // goroutines in epoll_wait, or on their way to it
-	idle    int32          // how many may wait; one above it ends
 	loops   sync.WaitGroup // all goroutines
 
 	mu      sync.Mutex // guards what follows; never held over a system call that can block
@@ -75,8 +73,17 @@ type Poller struct {
 	closed bool
 }
 
-// slotWake is the slot of wakefd.
-const slotWake = 0
+const (
+	// slotWake is the slot of wakefd.
+	slotWake = 0
+
+	// idle is how many goroutines may wait; one above it ends. With one the
+	// second event of two at once would wait for a goroutine to be made. With
+	// more than two they hold so many of the runtime's processors in a system
+	// call that its monitor thread has to take them back all the time: a fifth
+	// of the daemon's CPU time, measured.
+	idle = 2
+)
 
 // New returns a poller that does not wait for events yet: see Run.
 func New() (*Poller, error) {
@@ -98,7 +105,6 @@ func New() (*Poller, error) {
 	return &Poller{
 		epfd:   epfd,
 		wakefd: wakefd,
-		idle:   int32(max(2, runtime.GOMAXPROCS(0))),
 		slots:  make([]slot, 1, 64), // slot 0 is slotWake
 		done:   make(chan struct{}),
 	}, nil
@@ -206,15 +212,15 @@ func (p *Poller) Run(ctx context.Context) error {
 	}
 	p.running = true
 	// Counted under the mutex: Close waits for them.
-	p.waiting.Store(2)
-	p.loops.Add(2)
+	p.waiting.Store(idle)
+	p.loops.Add(idle)
 	p.mu.Unlock()
 
 	stopWatching := context.AfterFunc(ctx, p.stop)
 	defer stopWatching()
-	// Two from the start: the first event then finds a follower already waiting.
-	go p.loop()
-	go p.loop()
+	for range idle {
+		go p.loop()
+	}
 	p.loops.Wait()
 	close(p.done)
 
@@ -306,7 +312,7 @@ func (p *Poller) lookup(slot, gen int32) Handler {
 func (p *Poller) waitAgain() bool {
 	for {
 		n := p.waiting.Load()
-		if n >= p.idle {
+		if n >= idle {
 			return false
 		}
 		if p.waiting.CompareAndSwap(n, n+1) {

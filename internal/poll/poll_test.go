@@ -195,9 +195,12 @@ func TestBlocked(t *testing.T) {
 	p := start(t)
 	release := make(chan struct{})
 	entered := make(chan struct{}, 100)
+	var returned sync.WaitGroup
 	for range 50 {
 		fd := eventfd(t, 1)
+		returned.Add(1)
 		if _, err := p.Add(fd, unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) {
+			defer returned.Done()
 			entered <- struct{}{}
 			<-release
 		})); err != nil {
@@ -214,10 +217,12 @@ func TestBlocked(t *testing.T) {
 	}
 	await(t, quick, "one more handler")
 	close(release)
-	for end := time.Now().Add(patience); p.waiting.Load() > p.idle; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d goroutines wait, want at most %d", p.waiting.Load(), p.idle)
+	returned.Wait()
+	for range 1000 {
+		if n := p.waiting.Load(); n > idle {
+			t.Fatalf("%d goroutines wait, want at most %d", n, idle)
 		}
+		runtime.Gosched()
 	}
 	raise(t, fd)
 	await(t, quick, "a handler after the rush")

@@ -48,20 +48,20 @@ type Client struct {
 	uptime   int64 // the same moment in ns since boot, to tell the peer from a later process with its pid
 	pid      int32
 	uid, gid uint32
-	token    poll.Token
 	fd       int // open until the end; used by the active goroutine only
 
 	state atomic.Uint32
 
 	// What outlasts a turn of the active goroutine, which owns it.
-	in      []byte  // received and not executed yet
-	out     []byte  // the part of a reply that the peer has not read yet
-	charged int     // what in and out take from the server's budget
-	dropped uint32  // bytes received of the message at the head of in that are beyond MaxMessage
-	fds     uint32  // descriptors received for that message
-	lastFD  bool    // the last byte of in came with descriptors
-	last    bool    // close when the reply is out
-	caller  Program // whose reply is in out; nil: the server's own
+	token   poll.Token // zero: not registered yet
+	in      []byte     // received and not executed yet
+	out     []byte     // the part of a reply that the peer has not read yet
+	charged int        // what in and out take from the server's budget
+	dropped uint32     // bytes received of the message at the head of in that are beyond MaxMessage
+	fds     uint32     // descriptors received for that message
+	lastFD  bool       // the last byte that was read came with descriptors
+	last    bool       // close when the reply is out
+	caller  Program    // whose reply is in out; nil: the server's own
 
 	mu   sync.Mutex    // also held while fd is closed, for others than the active goroutine
 	over bool          // Done is or would be closed
@@ -205,6 +205,16 @@ func (c *Client) rest() bool {
 			return true
 		}
 	}
+}
+
+// register makes later events call Ready. An event that holds already does, too.
+func (c *Client) register() error {
+	token, err := c.server.poller.Reserve((*conn)(c))
+	if err != nil {
+		return err
+	}
+	c.token = token
+	return c.server.poller.Start(token, c.fd, clientEvents)
 }
 
 // closeDescriptor ends the connection on our side.

@@ -118,6 +118,23 @@ func TestRequestThenClose(t *testing.T) {
 	}
 }
 
+// TestUnreadReply: a peer that goes without having read its reply has gone all
+// the same. The reply was delivered as far as anybody can tell.
+func TestUnreadReply(t *testing.T) {
+	t.Parallel()
+	b := serve(t, nil)
+	p := b.dial()
+	p.send(request(procEcho, 1, nil))
+	fds := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
+	if err := retry(func() error { _, err := unix.Poll(fds, int(patience.Milliseconds())); return err }); err != nil {
+		t.Fatal(err)
+	}
+	p.close()
+	if !b.lab.end(t, 1) || b.lab.undos() != 0 {
+		t.Error("not closed by the peer, or undone")
+	}
+}
+
 func TestHalfClose(t *testing.T) {
 	t.Parallel()
 	b := serve(t, nil)
@@ -175,6 +192,18 @@ func TestClose(t *testing.T) {
 		if !isClosed(c.Done()) {
 			t.Error("Done is open")
 		}
+	})
+	t.Run("with a copy", func(t *testing.T) { // as a child has it between fork and exec
+		t.Parallel()
+		b := serve(t, nil)
+		p, c := b.client()
+		fd, err := unix.FcntlInt(uintptr(c.fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		c.Close()
+		p.closed()
 	})
 	t.Run("in a call", func(t *testing.T) {
 		t.Parallel()

@@ -146,6 +146,9 @@ func FuzzFraming(f *testing.F) {
 		}
 		c.in, c.out = nil, nil
 		c.charge()
+		if err := p.Remove(c.token, c.fd); err != nil {
+			t.Fatal(err)
+		}
 		if !bytes.Equal(got, want) || closed != wantClosed {
 			t.Fatalf("closed %v, want %v; replies\n got %x\nwant %x", closed, wantClosed, got, want)
 		}

@@ -35,8 +35,11 @@ type listener struct {
 
 	rest rest // guarded by server.mu
 
-	mu sync.Mutex // held while accepting; nothing in there blocks
-	fd int        // -1: closed
+	// mu is held while accepting; nothing in there blocks. A listener that
+	// accepts may take the mu of another one, but of one that rests only, and
+	// that does not do so itself.
+	mu sync.Mutex
+	fd int // -1: closed
 }
 
 // Listen accepts clients on a bound Unix stream socket. If it does not listen
@@ -98,36 +101,36 @@ func prepare(fd int) error {
 	return os.NewSyscallError("fcntl(O_NONBLOCK)", unix.SetNonblock(fd, true))
 }
 
-// Ready implements poll.Handler: it accepts all connections that wait.
+// Ready implements poll.Handler: it accepts one connection, lets another
+// goroutine accept the next one, and serves the client's first request, which
+// has mostly come by now.
 func (l *listener) Ready(uint32) {
+	if c := l.accept(); c != nil {
+		c.run()
+	}
+}
+
+// accept returns a new client, which is active, or nil.
+func (l *listener) accept() *Client {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for first := true; l.fd >= 0; first = false {
-		// Whether the server is full is asked only when somebody waits: being
-		// full is no reason for a log line, having to wait is.
-		if !first && l.server.full() {
-			l.arm()
-			return
-		}
-		if !l.server.admit(l) {
-			return
-		}
-		fd, errno := accept(l.fd)
-		if errno == 0 {
-			l.server.accepted(fd)
-			continue
-		}
-		l.server.cancel()
-		switch errno {
-		case unix.EAGAIN:
-			l.arm()
-			return
-		case unix.ECONNABORTED:
-		default:
-			l.server.exhausted(l, errno)
-			return
-		}
+	if l.fd < 0 || !l.server.admit(l) {
+		return nil
 	}
+	fd, errno := accept(l.fd)
+	switch errno {
+	case 0:
+		c := l.server.accepted(fd)
+		l.arm()
+		return c
+	case unix.EAGAIN, unix.ECONNABORTED:
+		l.server.cancel()
+		l.arm()
+	default:
+		l.server.cancel()
+		l.server.exhausted(l, errno)
+	}
+	return nil
 }
 
 // arm makes the next connection call Ready. l.mu is held.

@@ -41,6 +41,10 @@ const (
 	// descriptors or memory, if no client leaves before.
 	acceptRetry = time.Second
 
+	// sayAgain is how long a state that goes on, or comes back and back, is not
+	// logged again.
+	sayAgain = time.Minute
+
 	// endBatch is how many disconnects are worked off at a stretch before other
 	// goroutines get their turn.
 	endBatch = 4
@@ -106,8 +110,8 @@ type Server struct {
 	live      uint32 // clients accepted, or about to be, and not ended: what the limit is about
 	limits    Limits
 	listeners []*listener
-	fullSaid  bool // the log says that the limit is reached
-	emptySaid bool // the log says that descriptors are used up
+	fullSaid  time.Time // when the log said that the limit is reached
+	emptySaid time.Time // when the log said that descriptors are used up
 	retry     *time.Timer
 	closing   bool
 	gone      sync.Cond // live has become 0
@@ -213,7 +217,7 @@ func (s *Server) Limits() Limits {
 func (s *Server) SetLimits(l Limits) {
 	s.mu.Lock()
 	s.limits = l
-	s.fullSaid = false
+	s.fullSaid = time.Time{}
 	awake := s.wake(restFull, restExhausted)
 	s.mu.Unlock()
 	arm(awake)
@@ -258,21 +262,13 @@ func (s *Server) admit(l *listener) bool {
 		return true
 	}
 	l.rest = restFull
-	limit, said := s.limits.MaxClients, s.fullSaid
-	s.fullSaid = true
+	limit, say := s.limits.MaxClients, due(&s.fullSaid)
 	s.mu.Unlock()
-	if !said {
+	if say {
 		s.log.Warn(fmt.Sprintf("%s has its limit of %d clients: new ones have to wait until one leaves; raise %s to serve more at a time",
 			s.cfg.Name, limit, s.cfg.Setting))
 	}
 	return false
-}
-
-// full tells whether there is no room for another client.
-func (s *Server) full() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.live >= s.limits.MaxClients
 }
 
 // cancel gives room back that admit reserved and nobody used. A listener that
@@ -289,11 +285,6 @@ func (s *Server) cancel() {
 func (s *Server) leave() {
 	s.mu.Lock()
 	s.live--
-	// Not at each step below the limit: a server that is always nearly full says
-	// so once.
-	if s.live <= s.limits.MaxClients-s.limits.MaxClients/8 && s.live < s.limits.MaxClients {
-		s.fullSaid = false
-	}
 	if s.live == 0 {
 		s.gone.Broadcast()
 	}
@@ -329,33 +320,44 @@ func (s *Server) wake(reasons ...rest) (awake []*listener) {
 func (s *Server) exhausted(l *listener, errno unix.Errno) {
 	s.mu.Lock()
 	l.rest = restExhausted
-	said := s.emptySaid
-	s.emptySaid = true
+	say := due(&s.emptySaid)
 	if !s.closing {
 		s.retry.Reset(acceptRetry)
 	}
 	s.mu.Unlock()
-	if !said {
+	if say {
 		s.log.Error(fmt.Sprintf("%s cannot accept clients: %v; they have to wait until one leaves or the limit of open files is raised (LimitNOFILE= in the unit)",
 			s.cfg.Name, errno))
 	}
 }
 
-// accepted makes a client of a connection. Room for it is reserved.
-func (s *Server) accepted(fd int) {
+// due tells whether something may be logged again that was logged at *last, and
+// sets *last if so.
+func due(last *time.Time) bool {
+	now := time.Now()
+	if now.Sub(*last) < sayAgain {
+		return false
+	}
+	*last = now
+	return true
+}
+
+// accepted makes a client of a connection, for which room is reserved. It is
+// active. nil: the connection is closed.
+func (s *Server) accepted(fd int) *Client {
 	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
 		unix.Close(fd)
 		s.log.Error("cannot tell who has connected", "error", os.NewSyscallError("getsockopt(SO_PEERCRED)", err))
 		s.leave()
-		return
+		return nil
 	}
 	up, err := uptime()
 	if err != nil {
 		unix.Close(fd)
 		s.log.Error("cannot accept a client", "error", err)
 		s.leave()
-		return
+		return nil
 	}
 	c := &Client{
 		server:   s,
@@ -369,7 +371,6 @@ func (s *Server) accepted(fd int) {
 	c.state.Store(stateActive) // nobody else runs it before it is complete
 	allowed := cred.Uid == s.cfg.AllowUID
 	s.mu.Lock()
-	s.emptySaid = false
 	s.lastID++
 	c.id = s.lastID
 	if allowed {
@@ -380,7 +381,7 @@ func (s *Server) accepted(fd int) {
 		unix.Close(fd)
 		s.log.Error(fmt.Sprintf("operation forbidden: Disallowing client %d with uid %d", cred.Pid, cred.Uid))
 		s.leave()
-		return
+		return nil
 	}
 
 	for i := range s.programs {
@@ -391,18 +392,7 @@ func (s *Server) accepted(fd int) {
 	if s.cfg.Changed != nil {
 		s.cfg.Changed()
 	}
-	if c.token, err = s.poller.Reserve((*conn)(c)); err == nil {
-		err = s.poller.Start(c.token, fd, clientEvents)
-	}
-	if err != nil {
-		s.log.Error("cannot serve "+c.String(), "error", err)
-		c.requestClose()
-	}
-	if !c.rest() {
-		// Something has happened since the client became known. Not here: this
-		// goroutine has others to accept.
-		go c.run()
-	}
+	return c
 }
 
 // end takes leave of a client. Its goroutine is the only one that does, and stays

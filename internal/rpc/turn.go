@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/internal/poll"
 	"virtlockd/internal/xdr"
 )
 
@@ -93,6 +94,14 @@ func (c *Client) pump(w *workspace) verdict {
 		}
 		space := b.buf[b.end:]
 		n, attached, errno := w.recv(c.fd, space)
+		if c.token == (poll.Token{}) {
+			// Only now, since the first request has mostly come with the
+			// connection: no other goroutine is woken for it.
+			if err := c.register(); err != nil {
+				c.server.log.Error("cannot serve "+c.String(), "error", err)
+				return endByUs
+			}
+		}
 		switch {
 		case errno == unix.EAGAIN:
 			return c.store(&b, starved)
@@ -203,9 +212,6 @@ func (c *Client) serve(w *workspace, b *window) (want int, v verdict) {
 			b.end -= n
 			c.dropped += uint32(n)
 			data = b.bytes()
-			if len(data) == size {
-				c.lastFD = false // it was one of the dropped bytes
-			}
 			if c.dropped < beyond {
 				return size + min(int(beyond-c.dropped), inputSize), starved
 			}
@@ -233,7 +239,6 @@ func (c *Client) serve(w *workspace, b *window) (want int, v verdict) {
 					return c.refuse("Failed to recv file descriptor: Permission denied")
 				}
 				c.fds++
-				c.lastFD = false
 				b.end--
 				data = b.bytes()
 			}
