@@ -24,7 +24,7 @@ func TestStartRefused(t *testing.T) {
 		m.virshRefused(m.busy(data.Path), "start", a.Name)
 		m.locks("refused because of the shareable disk", "data.raw exclusive by somebody else")
 		release()
-		release = m.outsider(data.Path, false)
+		m.outsider(data.Path, false)
 		m.virsh("start", a.Name)
 		m.locks("started", "a.qcow2 exclusive", "b.qcow2 exclusive", "data.raw shared", "data.raw shared by somebody else")
 	})

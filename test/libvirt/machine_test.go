@@ -4,8 +4,6 @@ package libvirt_test
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -23,7 +21,7 @@ import (
 )
 
 // patience is how long a condition may take to come true. Nothing takes nearly as long on a machine that isn't overloaded.
-const patience = 8 * time.Second
+const patience = 40 * time.Second
 
 // A machine is a host as one test sees it: a directory for its disks, the guests that it starts, and the locks on those disks.
 // Its methods end the test if something fails.
@@ -104,11 +102,6 @@ func tail(log string) string {
 	lines := strings.Split(strings.TrimSpace(log), "\n")
 	lines = slices.DeleteFunc(lines, noise.MatchString)
 	return strings.Join(lines[max(0, len(lines)-15):], "\n")
-}
-
-func hash(text string) string {
-	sum := sha256.Sum256([]byte(text))
-	return hex.EncodeToString(sum[:])
 }
 
 // path returns the path, in the host, of a file of this test.
@@ -212,7 +205,7 @@ func (m *machine) virshRefused(text string, args ...string) {
 // busy is the error of a refused lock on a disk, as virsh shows it.
 func (m *machine) busy(disk string) string {
 	if m.kind == indirect {
-		disk = hash(disk)
+		disk = vmhost.LeaseName(disk)
 	}
 	return fmt.Sprintf("resource busy: Lockspace resource '%s' is locked", disk)
 }
@@ -313,7 +306,7 @@ func (m *machine) observe() ([]string, error) {
 	}
 	for _, disk := range m.known {
 		name := filepath.Base(disk)
-		lease := m.host.Path(filepath.Join(vmhost.LeasesDir, hash(disk)))
+		lease := m.host.Path(filepath.Join(vmhost.LeasesDir, vmhost.LeaseName(disk)))
 		onDisk, onLease := table.On(m.host.Path(disk)), table.On(lease)
 		if m.kind == direct {
 			note(name, onDisk)
@@ -339,7 +332,7 @@ func (m *machine) outsider(disk string, exclusive bool) (release func()) {
 	m.Helper()
 	path := m.host.Path(disk)
 	if m.kind != direct {
-		path = m.host.Path(filepath.Join(vmhost.LeasesDir, hash(disk)))
+		path = m.host.Path(filepath.Join(vmhost.LeasesDir, vmhost.LeaseName(disk)))
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

@@ -197,6 +197,6 @@ func isHash(name string) bool {
 
 // uuid makes a UUID of a host's or guest's name.
 func uuid(name string) string {
-	sum := hash(name)
+	sum := vmhost.LeaseName(name) // any hash will do
 	return fmt.Sprintf("%s-%s-4%s-8%s-%s", sum[:8], sum[8:12], sum[13:16], sum[17:20], sum[20:32])
 }

@@ -4,6 +4,8 @@ package vmhost
 
 import (
 	"bufio"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -73,6 +75,38 @@ func (t LockTable) On(path string) []Lock {
 		return nil
 	}
 	return t[fileID{unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino}]
+}
+
+// LeaseName returns the name of the file in an indirect lockspace that stands for a disk: the SHA-256 of its path.
+func LeaseName(disk string) string {
+	sum := sha256.Sum256([]byte(disk))
+	return hex.EncodeToString(sum[:])
+}
+
+// Holds reports whether a process of the host, by its pid there, has a lock on the file at path, which is as this process sees it.
+// Unlike /proc/locks that tells the holder of OFD locks, too.
+func (h *Host) Holds(pid int, path string) (bool, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return false, err
+	}
+	file := fmt.Sprintf(" %02x:%02x:%d 0 0", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	infos, err := filepath.Glob(h.Path(fmt.Sprintf("/proc/%d/fdinfo/*", pid)))
+	if err != nil {
+		return false, err
+	}
+	for _, info := range infos {
+		text, err := os.ReadFile(info)
+		if err != nil {
+			continue // closed meanwhile
+		}
+		for line := range strings.Lines(string(text)) {
+			if strings.HasPrefix(line, "lock:") && strings.HasSuffix(strings.TrimSpace(line), file) {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }
 
 // Below returns the locked files in a directory tree: path relative to dir to locks.

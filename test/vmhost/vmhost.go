@@ -290,7 +290,9 @@ func (h *Host) run(ctx context.Context, flags, env, argv []string) (Result, erro
 func (h *Host) command(ctx context.Context, flags, argv []string) *exec.Cmd {
 	args := []string{"--target", strconv.Itoa(h.init.Process.Pid), "--mount", "--pid", "--net", "--uts", "--ipc"}
 	args = append(append(append(args, flags...), "--"), argv...)
-	return exec.CommandContext(ctx, "nsenter", args...)
+	cmd := exec.CommandContext(ctx, "nsenter", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // as for the init: an interrupt at the terminal is the caller's
+	return cmd
 }
 
 // Virsh runs virsh on the host's libvirtd and returns what it printed.
