@@ -453,6 +453,47 @@ func TestGuests(t *testing.T) {
 			p.close("G")
 			p.ends("G")
 		}},
+		{"in the middle of a request", func(p *pair) {
+			p.guest("G")
+			p.registerGuest("G", "G")
+			p.calls("G", acquire("", data+"/a", 2))
+			f := acquire("", data+"/b", 2).frame()
+			p.send("G", "half a request", f[:len(f)/2], 0)
+			p.close("G")
+			p.ends("G")
+		}},
+		{"end of its side only", func(p *pair) {
+			p.guest("G")
+			p.registerGuest("G", "G")
+			p.calls("G", acquire("", data+"/a", 2))
+			p.both("G ends its side", func(w *world) error { return w.conns["G"].CloseWrite() })
+			p.send("G", "nothing", nil, 1)
+			p.ends("G")
+		}},
+		{"one of two connections", func(p *pair) {
+			p.guest("G")
+			p.registerGuest("G", "G")
+			p.both("G connects again", func(w *world) error {
+				w.conns["second"] = w.procs["G"].Dial(w.d, "lock")
+				return nil
+			})
+			p.registerGuest("second", "G")
+			p.calls("second", acquire("", data+"/a", 2))
+			p.close("G")
+			p.ends("G")
+		}},
+		{"a connection that did not register", func(p *pair) {
+			p.guest("G")
+			p.registerGuest("G", "G")
+			p.both("G connects again", func(w *world) error {
+				w.conns["second"] = w.procs["G"].Dial(w.d, "lock")
+				return nil
+			})
+			p.calls("G", acquire("", data+"/a", 2))
+			p.close("second")
+			p.stays("G")
+			p.calls("G", release("", data+"/a"))
+		}},
 		{"another guest's RELEASE", func(p *pair) {
 			p.guest("G")
 			p.guest("H")

@@ -53,3 +53,45 @@ func newHung(t *testing.T, c hungCall) hung {
 	disk.AwaitHang(c.op)
 	return hung{d: d, disk: disk, conn: conn}
 }
+
+// An owner that dies while its lock is being taken does not get it.
+func TestW04OwnerDiesMeanwhile(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	disk := slowdisk.Mount(t, h, "/tmp/slow", slowdisk.Options{})
+	disk.Add("a")
+	p := h.Spawn(host.ProcessOptions{})
+	libvirtd := d.Client(p.PID())
+	disk.Hang(slowdisk.Open)
+	must(t, libvirtd.Send(wire.Request(wire.ProcAcquire, 2, wire.ResourceArgs("", slow, 0))))
+	disk.AwaitHang(slowdisk.Open)
+	p.Kill()
+	p.Gone()
+	disk.Resume(slowdisk.Open)
+	m, err := libvirtd.Recv()
+	must(t, err)
+	if m.Err() != nil {
+		t.Logf("the owner had ended when the disk answered: %v", m.Err())
+	}
+	next := d.Client(noOne)
+	eventually(t, "next owner gets the lock", func() bool { return next.Acquire("", slow, 0) == nil })
+}
+
+// A lock on a hung disk does not keep the other locks of a dead owner.
+func TestW04DeadOwnersOtherLocks(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	disk := slowdisk.Mount(t, h, "/tmp/slow", slowdisk.Options{})
+	before, after := host.Data+"/before", host.Data+"/after"
+	p, vm := guest(t, h, d, host.ProcessOptions{}, before, wire.Autocreate)
+	must(t, vm.Acquire("", slow, wire.Autocreate))
+	must(t, vm.Acquire("", after, wire.Autocreate))
+	disk.Hang(slowdisk.Unlink)
+	p.Kill()
+	vm.Close()
+	disk.AwaitHang(slowdisk.Unlink)
+	eventually(t, "the other locks are free", func() bool { return !h.Exists(before) && !h.Exists(after) })
+	disk.Resume(slowdisk.Unlink)
+	next := d.Client(noOne)
+	eventually(t, "next owner gets the lock", func() bool { return next.Acquire("", slow, wire.Autocreate) == nil })
+}

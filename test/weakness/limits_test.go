@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
 )
@@ -77,6 +79,46 @@ func TestW19LongMessages(t *testing.T) {
 		must(t, err)
 		must(t, m.Err())
 	}
+}
+
+// A client that asks and never listens is not served for ever, and keeps nobody else waiting.
+func TestW19DeafClient(t *testing.T) {
+	t.Parallel()
+	_, d := start(t, host.Options{})
+	size := memory(t, d, "VmRSS")
+	// The answer is three times as long as the question.
+	question := wire.Request(wire.ProcAcquire, 0, wire.ResourceArgs("/"+strings.Repeat("x", 20000), "x", 0))
+	for range 4 {
+		c := d.Client(noOne)
+		raw, err := c.SyscallConn()
+		must(t, err)
+		full := false
+		for !full {
+			must(t, raw.Write(func(fd uintptr) bool {
+				n, err := syscall.SendmsgN(int(fd), question, nil, nil, syscall.MSG_DONTWAIT)
+				full = err == syscall.EAGAIN && !host.Within(moment, func() bool { return writable(int(fd)) })
+				if err != nil && err != syscall.EAGAIN {
+					t.Errorf("send: %v", err)
+					full = true
+				}
+				if err == nil && n < len(question) {
+					question = append(question[n:len(question):len(question)], question[:n]...)
+				}
+				return true
+			}))
+		}
+	}
+	works(t, d.Client(noOneElse), path("mine"))
+	if grown := memory(t, d, "VmRSS") - size; grown > 64<<20 {
+		t.Errorf("answers that nobody reads take %d MiB", grown>>20)
+	}
+}
+
+// writable tells whether a socket takes more.
+func writable(fd int) bool {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n > 0
 }
 
 // The log says that the limit is reached, and which setting to raise.
