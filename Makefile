@@ -3,7 +3,7 @@
 # make build     static binaries in bin/
 # make demo      two hosts, real libvirtd and QEMU, in private namespaces (root, Debian 12)
 # make test      install what the tests need, then all tests (root, Debian 12)
-# make bench     benchmarks of the packages
+# make bench     our daemon, the C one and a bare server side by side (root); FULL=1 for all rows, BENCH=-help for options
 # make fuzz      each fuzz test for FUZZTIME
 # make lint      gofmt, go vet, staticcheck
 # make install   into DESTDIR
@@ -59,8 +59,9 @@ test: setup build
 	$(GO) test -race -timeout 10m $(TESTFLAGS) $(RACED)
 	$(GO) test -timeout 15m $(TESTFLAGS) $$($(GO) list ./... | grep -vE '^virtlockd/(cmd|internal)(/|$$)')
 
-bench:
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+bench: build
+	CGO_ENABLED=0 $(GO) build -o bin/bench ./bench
+	bin/bench -ours $(BIN) -json bin/bench.json -svg bin/bench.svg $(if $(FULL),-full) $(BENCH)
 
 # One fuzz test at a time is all that "go test -fuzz" takes.
 fuzz:

@@ -62,9 +62,7 @@ func Ours(t testing.TB) string {
 
 // Main is what TestMain calls. It runs the tests; in a process that a test started it plays its part instead.
 func Main(m *testing.M) {
-	if os.Getenv(partEnv) != "" {
-		os.Exit(play())
-	}
+	Play()
 	// These tests wait more than they compute. An explicit -parallel, which is parsed later, has its way.
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)
@@ -74,4 +72,11 @@ func Main(m *testing.M) {
 		os.RemoveAll(built.dir)
 	}
 	os.Exit(code)
+}
+
+// Play doesn't return in a process that Spawn started. Main calls it; so does a program that is no test binary.
+func Play() {
+	if os.Getenv(partEnv) != "" {
+		os.Exit(play())
+	}
 }

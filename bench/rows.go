@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"virtlockd/test/host"
+	"virtlockd/test/slowdisk"
+	"virtlockd/test/wire"
+)
+
+// alternate measures each kind once per round, in turns. measure returns one value for each row.
+func (b *bench) alternate(kinds []kind, rounds int, measure func(k kind) []float64, rows ...*row) {
+	for r := range rounds {
+		for i := range kinds {
+			k := kinds[(i+r)%len(kinds)]
+			for j, v := range measure(k) {
+				rows[j].add(k, v)
+			}
+		}
+	}
+}
+
+// pairRows are what is told of pairs.
+func (b *bench) pairRows(what string, p50, cpu goal) []*row {
+	return []*row{
+		b.results.row(what+", p50", seconds, p50),
+		b.results.row(what+", p99", seconds, goal{}),
+		b.results.row(what+", daemon's CPU per pair", seconds, cpu),
+	}
+}
+
+// measured returns the values of pairRows.
+func (t *subject) measured(load func() (*samples, error)) []float64 {
+	before, err := cpuTime(t.d.PID())
+	t.s.must(err)
+	s, err := load()
+	if err != nil {
+		t.s.Fatalf("%v\n%s", err, host.Shorten(t.d.Stderr()))
+	}
+	after, err := cpuTime(t.d.PID())
+	t.s.must(err)
+	return []float64{s.quantile(0.5), s.quantile(0.99), (after - before) / float64(len(s.ns)), s.rate()}
+}
+
+// places of the pairs, with their goals against C.
+func (b *bench) places() []struct {
+	name string
+	place
+	goal float64
+} {
+	return []struct {
+		name string
+		place
+		goal float64
+	}{
+		{"default, " + b.disk, place{disk: true}, 0.6},
+		{"default, tmpfs", place{}, 0.6},
+		{"indirect, " + b.disk, place{indirect: true, disk: true}, 0.7},
+		{"indirect, tmpfs", place{indirect: true}, 0.65},
+	}
+}
+
+// pairs: one client makes pairs, daemon and client on one processor.
+func (b *bench) pairs(s *scope) {
+	b.results.section("acquire + release, one client, daemon and client on one processor")
+	subjects := map[kind]*subject{}
+	for _, k := range b.kinds() {
+		subjects[k] = b.start(s, k, true)
+	}
+	for _, p := range b.places() {
+		workers := map[kind]*client{}
+		for k, t := range subjects {
+			workers[k] = b.workers(t, p.place, 1)[0]
+		}
+		b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
+			return subjects[k].measured(func() (*samples, error) {
+				return repeat(b.cpu, b.span(), workers[k].pair)
+			})[:3]
+		}, b.pairRows(p.name, atMostC(p.goal), atMostC(p.goal))...)
+	}
+}
+
+// manyClients: several clients at a time, wherever the scheduler puts them.
+func (b *bench) manyClients(s *scope) {
+	b.results.section("acquire + release, several clients")
+	subjects := map[kind]*subject{}
+	for _, k := range b.kinds() {
+		subjects[k] = b.start(s, k, false)
+	}
+	for _, p := range b.places() {
+		if !b.full && (!p.disk || p.indirect) {
+			continue
+		}
+		for _, n := range []int{8, 64} {
+			workers := map[kind][]*client{}
+			for k, t := range subjects {
+				workers[k] = b.workers(t, p.place, n)
+			}
+			what := fmt.Sprintf("%s, %d clients", p.name, n)
+			rate := goal{}
+			if !p.indirect {
+				rate = atLeastC(2)
+			}
+			rows := append(b.pairRows(what, goal{}, goal{}), b.results.row(what+", pairs/s", perSecond, rate))
+			b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
+				return subjects[k].measured(func() (*samples, error) { return closedLoop(workers[k], b.span()) })
+			}, rows...)
+		}
+	}
+}
+
+// connect: clients that come and go, daemon and client on one processor.
+func (b *bench) connect(s *scope) {
+	b.results.section("clients that come and go, on one processor")
+	subjects, workers := map[kind]*subject{}, map[kind]*client{}
+	for _, k := range b.kinds() {
+		subjects[k] = b.start(s, k, true)
+		workers[k] = b.workers(subjects[k], place{}, 1)[0]
+	}
+	// session is one connection with what is asked on it.
+	session := func(t *subject, requests ...[]byte) error {
+		c, err := dial(t.sock)
+		if err != nil {
+			return err
+		}
+		defer c.close()
+		for _, r := range requests {
+			if err := c.call(r); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
+		t := subjects[k]
+		register := owner(t.guest.PID())
+		return t.measured(func() (*samples, error) {
+			return repeat(b.cpu, b.span(), func() error { return session(t, register) })
+		})[:3]
+	}, b.pairRows("connect, REGISTER, close", atMostC(0.5), goal{})...)
+	b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
+		t := subjects[k]
+		register := owner(t.guest.PID())
+		return t.measured(func() (*samples, error) {
+			return repeat(b.cpu, b.span(), func() error {
+				if err := session(t, register, workers[k].acquire); err != nil {
+					return err
+				}
+				return session(t, register, workers[k].release)
+			})
+		})[:3]
+	}, b.pairRows("pair as libvirtd makes it, each call on a connection of its own", goal{}, goal{})...)
+}
+
+// beside measures pairs and connections of a server with a load in turns with one without.
+func (b *bench) beside(s *scope, k kind, base *subject, t *subject, pair, connect *row) {
+	subjects := []*subject{base, t}
+	workers := []*client{b.workers(base, place{}, 1)[0], b.workers(t, place{}, 1)[0]}
+	register := owner(base.guest.PID())
+	span := b.span() / 2
+	for r := range 2 * b.rounds() {
+		i := r % 2
+		p, err := repeat(-1, span, workers[i].pair)
+		s.must(err)
+		c, err := repeat(-1, span, func() error {
+			c, err := dial(subjects[i].sock)
+			if err != nil {
+				return err
+			}
+			defer c.close()
+			return c.call(register)
+		})
+		s.must(err)
+		if t == base || i == 1 {
+			pair.add(k, p.quantile(0.5))
+			connect.add(k, c.quantile(0.5))
+		} else if k == ours {
+			pair.Base = append(pair.Base, p.quantile(0.5))
+			connect.Base = append(connect.Base, c.quantile(0.5))
+		}
+	}
+}
+
+// curve is a cost against a load. load starts a server with that much of it, unless that takes a kind too long.
+func (b *bench) curve(s *scope, name string, points []int, load func(s *scope, k kind, n int) *subject) {
+	flat := atMostBase(1.1)
+	base := map[kind]*subject{}
+	for _, k := range b.kinds() {
+		base[k] = b.start(s, k, false)
+	}
+	for _, n := range points {
+		pair := b.results.row(fmt.Sprintf("pair, %d %s", n, name), seconds, flat)
+		connect := b.results.row(fmt.Sprintf("connect + REGISTER, %d %s", n, name), seconds, flat)
+		pair.Curve, connect.Curve = name, name
+		pair.Load, connect.Load = n, n
+		for _, k := range b.kinds() {
+			s.part(func(s *scope) {
+				if n == 0 {
+					pair.Goal, connect.Goal = goal{}, goal{}
+					b.beside(s, k, base[k], base[k], pair, connect)
+					return
+				}
+				if t := load(s, k, n); t != nil {
+					b.beside(s, k, base[k], t, pair, connect)
+					t.stop()
+				}
+			})
+		}
+	}
+}
+
+// idleClients: what clients that never say anything cost the others.
+func (b *bench) idleClients(s *scope) {
+	b.results.section("beside idle clients")
+	points := []int{0, 100, 1000, 4000}
+	if b.full {
+		points = append(points, 10000, 16000, 19000)
+	}
+	b.curve(s, "idle clients", points, func(s *scope, k kind, n int) *subject {
+		if k == cOne && n > 16000 {
+			// With more its state file is too large for itself, and to connect to it takes minutes.
+			return nil
+		}
+		t, _ := b.loaded(s, k, n, 0)
+		return t
+	})
+}
+
+// heldLocks: what locks that are held cost.
+func (b *bench) heldLocks(s *scope) {
+	b.results.section("beside held locks")
+	points := []int{0, 1000, 10000}
+	if b.full {
+		points = append(points, 19000)
+	}
+	b.curve(s, "held locks", points, func(s *scope, k kind, n int) *subject {
+		t := b.start(s, k, false)
+		t.lock(n)
+		return t
+	})
+}
+
+// memory at rest, and of each client and lock.
+func (b *bench) memory(s *scope) {
+	b.results.section(fmt.Sprintf("memory, %d s after the load", b.pick(1, 10)))
+	kinds := b.kinds()
+	kinds = kinds[:len(kinds)-1] // the floor keeps nothing
+	clients, locks := b.pick(1000, 4000), 10000
+	pss, private := b.results.row("at rest, PSS", bytesUnit, atMost(6<<20)), b.results.row("at rest, private", bytesUnit, goal{})
+	perClient := b.results.row(fmt.Sprintf("private per idle client (%d)", clients), bytesUnit, atMost(2.5*1024))
+	perLock := b.results.row(fmt.Sprintf("private per held lock (%d)", locks), bytesUnit, atMost(0.6*1024))
+	manyPSS := b.results.row(fmt.Sprintf("with %d idle clients, PSS", clients), bytesUnit, goal{})
+	read := func(t *subject) use {
+		u, err := memoryOf(t.d.PID())
+		s.must(err)
+		return u
+	}
+	for range b.pick(1, 3) {
+		s.part(func(s *scope) {
+			c, l := map[kind]*subject{}, map[kind]*subject{}
+			for _, k := range kinds {
+				c[k], l[k] = b.start(s, k, false), b.start(s, k, false)
+			}
+			b.rest()
+			restC, restL := map[kind]use{}, map[kind]use{}
+			for _, k := range kinds {
+				restC[k], restL[k] = read(c[k]), read(l[k])
+				pss.add(k, restC[k].pss)
+				private.add(k, restC[k].private)
+				c[k].connect(clients)
+				l[k].lock(locks)
+			}
+			b.rest()
+			for _, k := range kinds {
+				with := read(c[k])
+				perClient.add(k, (with.private-restC[k].private)/float64(clients))
+				manyPSS.add(k, with.pss)
+				perLock.add(k, (read(l[k]).private-restL[k].private)/float64(locks))
+				c[k].stop()
+				l[k].stop()
+			}
+		})
+	}
+}
+
+// startUp: from before fork to the first reply.
+func (b *bench) startUp(s *scope) {
+	b.results.section("start")
+	row := b.results.row("start to first reply", seconds, both(atMost(10e-3), atMostC(0.5)))
+	b.alternate(b.kinds(), b.pick(5, 11), func(k kind) []float64 {
+		var took float64
+		s.part(func(s *scope) {
+			h := host.New(s)
+			begin := clock()
+			t := b.startOn(h, s, k, false, host.Options{NoWait: true})
+			var c *client
+			for end := begin + int64(patience); ; time.Sleep(50 * time.Microsecond) {
+				var err error
+				if c, err = dial(t.sock); err == nil {
+					break
+				}
+				if clock() > end {
+					s.Fatal(err)
+				}
+			}
+			s.must(c.call(owner(1)))
+			took = float64(clock()-begin) / 1e9
+			c.close()
+			t.stop()
+		})
+		return []float64{took}
+	}, row)
+}
+
+// upgrade: how long a client waits when the daemon starts itself again.
+func (b *bench) upgrade(s *scope) {
+	b.results.section("SIGUSR1, longest wait of a client")
+	kinds := b.kinds()
+	kinds = kinds[:len(kinds)-1]
+	for _, load := range []struct{ locks, clients int }{{0, 0}, {1000, 1000}, {10000, 4096}, {10000, 9500}} {
+		if !b.full && load.clients > 4096 {
+			continue
+		}
+		row := b.results.row(fmt.Sprintf("%d locks, %d clients", load.locks, load.clients), seconds, atMostC(0.2))
+		for _, k := range kinds {
+			s.part(func(s *scope) {
+				t, _ := b.loaded(s, k, load.clients, load.locks)
+				for range b.pick(3, 5) {
+					row.add(k, t.pause())
+				}
+				t.stop()
+			})
+		}
+	}
+}
+
+// stall is the longest wait of a client that makes pairs for a time, while something happens to others.
+func (b *bench) stall(t *subject, c *client, event func()) float64 {
+	begun := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		<-begun
+		event()
+	}()
+	n, longest := 0, int64(0)
+	_, err := repeat(-1, time.Duration(b.pick(300, 600))*time.Millisecond, func() error {
+		if n++; n == 200 {
+			close(begun)
+		}
+		begin := clock()
+		err := c.pair()
+		longest = max(longest, clock()-begin)
+		return err
+	})
+	if n < 200 {
+		close(begun)
+	}
+	<-done
+	if err != nil {
+		t.s.Fatalf("%v\n%s", err, host.Shorten(t.d.Stderr()))
+	}
+	return float64(longest) / 1e9
+}
+
+// storm: many clients go at once.
+func (b *bench) storm(s *scope) {
+	const clients = 4000
+	b.results.section("longest pair of another client")
+	row := b.results.row(fmt.Sprintf("while %d clients disconnect at once", clients), seconds, atMost(10e-3))
+	b.alternate(b.kinds(), 5, func(k kind) (v []float64) {
+		s.part(func(s *scope) {
+			t, fds := b.loaded(s, k, clients, 0)
+			c := b.workers(t, place{}, 1)[0]
+			v = []float64{b.stall(t, c, func() {
+				for i, fd := range fds {
+					closeRaw(fd)
+					fds[i] = -1
+				}
+			})}
+			t.stop()
+		})
+		return v
+	}, row)
+}
+
+// hangs: a disk does not answer.
+func (b *bench) hangs(s *scope) {
+	const dir = "/tmp/slow"
+	for _, c := range []struct {
+		what    string
+		op      slowdisk.Op
+		clients int
+	}{
+		{"while an open() hangs", slowdisk.Open, 1},
+		{"while a lock call hangs", slowdisk.Lock, 1},
+		{"while 200 calls hang", slowdisk.Open, 200},
+	} {
+		stalls := b.results.row(c.what, seconds, atMost(5e-3))
+		stalls.Note = "C: as long as the disk hangs"
+		var worker *row
+		if c.clients == 1 && c.op == slowdisk.Open {
+			worker = b.results.row("memory of a worker process, private", bytesUnit, atMost(1.5*(1<<20)))
+		}
+		b.alternate(b.kinds(), 5, func(k kind) (v []float64) {
+			s.part(func(s *scope) {
+				t := b.start(s, k, false)
+				if k == bare {
+					// It would hang, too: this is the machine's own delay.
+					v = []float64{b.stall(t, b.workers(t, place{}, 1)[0], func() {})}
+					return
+				}
+				disk := slowdisk.Mount(s, t.h, dir, slowdisk.Options{Locks: c.op == slowdisk.Lock})
+				probe := b.workers(t, place{}, 1)[0]
+				var hung []*client
+				for i := range c.clients {
+					name := fmt.Sprintf("disk%d", i)
+					disk.Add(name)
+					h := t.client()
+					h.resource("", dir+"/"+name, 0)
+					hung = append(hung, h)
+				}
+				disk.Hang(c.op)
+				v = []float64{b.stall(t, probe, func() {
+					for _, h := range hung {
+						if err := h.send(h.acquire); err != nil {
+							return
+						}
+					}
+					disk.AwaitHang(c.op)
+					time.Sleep(time.Duration(b.pick(400, 1000)) * time.Millisecond)
+					disk.Resume(c.op)
+				})}
+				for _, h := range hung {
+					// Beyond the limit of calls on one mount they are refused.
+					if err := h.recv(); err == nil {
+						s.must(h.call(h.release))
+					}
+				}
+				if worker != nil && k == ours {
+					for _, pid := range children(t.d.PID()) {
+						if u, err := memoryOf(pid); err == nil {
+							worker.add(k, u.private)
+						}
+					}
+				}
+			})
+			return v
+		}, stalls)
+	}
+}
+
+// deaths: a guest that has lost its connection is ended.
+func (b *bench) deaths(s *scope) {
+	row := b.results.row("while a dying owner ignores SIGTERM", seconds, atMost(5e-3))
+	b.alternate(b.kinds(), b.pick(3, 5), func(k kind) (v []float64) {
+		s.part(func(s *scope) {
+			t := b.start(s, k, false)
+			probe := b.workers(t, place{}, 1)[0]
+			p := t.h.Spawn(host.ProcessOptions{})
+			conn := p.Dial(t.d, "lock")
+			s.must(conn.Register(wire.VM(p.PID())))
+			t.h.WriteFile(host.Data+"/theirs", "", 0o600)
+			s.must(conn.Acquire("", host.Data+"/theirs", 0))
+			p.IgnoreTerm()
+			v = []float64{b.stall(t, probe, conn.Close)}
+		})
+		return v
+	}, row)
+}
