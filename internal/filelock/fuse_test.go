@@ -211,7 +211,7 @@ func lockFor(f *Files, path string, l **Lock) func() error {
 
 func noWorkers(t *testing.T) {
 	t.Helper()
-	eventually(t, "all workers have ended", func() bool { return len(children(workerName)) == 0 })
+	eventually(t, "all workers have ended", func() bool { return len(workers()) == 0 })
 }
 
 func TestRemoteLockLiesInCell(t *testing.T) {
@@ -497,10 +497,15 @@ func TestWorkerIsKilled(t *testing.T) {
 
 	// While it was idle: nobody notices.
 	mustRelease(t, mustLock(t, f, path, Exclusive, false), "")
-	for _, pid := range children(workerName) {
+	for _, pid := range workers() {
 		var n int
 		fmt.Sscan(pid, &n)
 		kill(n, unix.SIGKILL)
+		// Until it is dead it can still take a request with it.
+		eventually(t, "the worker is dead", func() bool {
+			stat, _ := os.ReadFile("/proc/" + pid + "/stat")
+			return strings.Contains(string(stat), ") Z ")
+		})
 	}
 	l = mustLock(t, f, path, Exclusive, false)
 

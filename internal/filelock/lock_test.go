@@ -80,6 +80,32 @@ func TestLockKnowsOtherNames(t *testing.T) {
 	})
 }
 
+// Links among local files are followed without a worker.
+func TestLinksStayDirect(t *testing.T) {
+	t.Parallel()
+	f := newFiles(t, Config{})
+	dir := t.TempDir()
+	makeFile(t, mkdir(t, dir+"/a/b")+"/disk", "")
+	mkdir(t, dir+"/c/d")
+	for name, target := range map[string]string{
+		"/up": "a/../a/b/disk", "/c/d/far": "../../a/b/disk", "/c/d/dir": "../..//a/b", "/c/own": "d/far", "/absolute": dir + "/c/d/dir",
+	} {
+		if err := os.Symlink(target, dir+name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for path, direct := range map[string]bool{
+		"/c/d/far": true, "/c/d/dir/disk": true, "/c/own": true, "/absolute/disk": true,
+		"/up": false, "/c/../a/b/disk": false, // what ".." means there, the kernel has to say
+	} {
+		l := mustLock(t, f, dir+path, Exclusive, false)
+		if l.Remote() == direct {
+			t.Errorf("%s: remote %t", path, l.Remote())
+		}
+		mustRelease(t, l, "")
+	}
+}
+
 func TestLockErrors(t *testing.T) {
 	t.Parallel()
 	both(t, func(t *testing.T, f *Files) {

@@ -191,14 +191,17 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// children returns the pids of this process's children whose argv[0] is name.
-func children(name string) []string {
+// workers returns the pids of this process's workers. A zombie, which has no
+// arguments any more, counts too: it is known by its short name.
+func workers() []string {
 	var pids []string
 	lists, _ := filepath.Glob("/proc/self/task/*/children")
 	for _, list := range lists {
 		data, _ := os.ReadFile(list)
 		for pid := range strings.FieldsSeq(string(data)) {
-			if args, _ := os.ReadFile("/proc/" + pid + "/cmdline"); strings.HasPrefix(string(args), name+"\x00") {
+			args, _ := os.ReadFile("/proc/" + pid + "/cmdline")
+			stat, _ := os.ReadFile("/proc/" + pid + "/stat")
+			if strings.HasPrefix(string(args), workerName+"\x00") || strings.Contains(string(stat), "("+workerComm+")") {
 				pids = append(pids, pid)
 			}
 		}

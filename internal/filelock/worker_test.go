@@ -29,7 +29,7 @@ func TestWorkerProcess(t *testing.T) {
 	for range 3 { // which one worker is enough for
 		mustRelease(t, mustLock(t, f, path, Exclusive, false), "")
 	}
-	pids := children(workerName)
+	pids := workers()
 	if len(pids) != 1 {
 		t.Fatalf("workers: %v", pids)
 	}
@@ -63,7 +63,7 @@ func TestWorkerProcess(t *testing.T) {
 		t.Errorf("its environment is %q", environ)
 	}
 	f.Close()
-	if pids := children(workerName); len(pids) > 0 {
+	if pids := workers(); len(pids) > 0 {
 		t.Errorf("after Close: workers %v", pids)
 	}
 }
