@@ -268,3 +268,43 @@ func TestUnitsAreValid(t *testing.T) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
+
+// Each difference to the C daemon is asserted by tests, and the list names them.
+func TestDifferencesNameTests(t *testing.T) {
+	tests := map[string]bool{}
+	sources(t, func(name string, content []byte) {
+		if !strings.HasSuffix(name, "_test.go") {
+			return
+		}
+		for line := range bytes.Lines(content) {
+			if rest, ok := bytes.CutPrefix(line, []byte("func Test")); ok {
+				name, _, _ := bytes.Cut(rest, []byte("("))
+				tests["Test"+string(name)] = true
+			}
+		}
+	})
+	doc, err := os.ReadFile("docs/differences.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := 0
+	for line := range strings.Lines(string(doc)) {
+		if !strings.HasPrefix(line, "| D-") {
+			continue
+		}
+		cells := strings.Split(strings.TrimSuffix(strings.TrimSpace(line), "|"), "|")
+		id, named := strings.TrimSpace(cells[1]), strings.Split(cells[len(cells)-1], "`")
+		if len(named) < 3 {
+			t.Errorf("%s names no test", id)
+		}
+		for i := 1; i < len(named); i += 2 {
+			listed++
+			if !tests[named[i]] {
+				t.Errorf("%s: there is no test %s", id, named[i])
+			}
+		}
+	}
+	if listed == 0 {
+		t.Error("the list of differences was not understood")
+	}
+}
