@@ -40,8 +40,13 @@ func (r *Registry) Place(o *Owner) int32 {
 	return o.place
 }
 
-// Snapshot returns the owners that were given a place. Their pidfds are ours still.
+// Snapshot returns the owners that were given a place, and those that are being ended. Their pidfds are ours still.
 func (r *Registry) Snapshot() []state.Owner {
+	for _, o := range r.byPID {
+		if o.ending {
+			r.Place(o)
+		}
+	}
 	all := make([]state.Owner, len(r.placed))
 	for i, o := range r.placed {
 		all[i] = state.Owner{Details: state.Details(*o.Details()), Kind: state.Unverified, PIDFD: state.NoFD}
@@ -52,6 +57,7 @@ func (r *Registry) Snapshot() []state.Owner {
 				all[i].Kind = state.Verified
 			}
 			all[i].PIDFD = int32(o.proc.fd)
+			all[i].Ending = o.ending
 		}
 	}
 	return all
@@ -75,6 +81,9 @@ func (r *Registry) Adopt(s *state.Owner) (*Owner, error) {
 		kind = Verified
 	}
 	o, err := r.enter(&d, p, kind)
+	if err == nil && s.Ending {
+		r.HangUp(o)
+	}
 	return o, err
 }
 

@@ -976,7 +976,7 @@ func (d *decoder) enroll(s *space, p *pending) {
 }
 
 var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
-	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes"}
+	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes"}
 
 const (
 	extraLog      = 6 // the first of the log settings
@@ -985,6 +985,7 @@ const (
 
 func (d *decoder) extra() {
 	var log [3]name
+	var dir name
 	seen, ok := d.object(extraKeys, func(k int) {
 		switch extraKeys[k] {
 		case "version":
@@ -1003,6 +1004,10 @@ func (d *decoder) extra() {
 			d.snap.Timeout = &v
 		case "owners":
 			d.array(func(int) { d.owner() })
+		case "startDir":
+			d.name(&dir)
+		case "startDirBytes":
+			d.bytes(&dir)
 		default:
 			if k < extraLogBytes {
 				d.name(&log[k-extraLog])
@@ -1014,6 +1019,7 @@ func (d *decoder) extra() {
 	if !ok {
 		d.kept(WrongType, "not an object; ignored")
 	}
+	d.snap.StartDir = dir.String()
 	for i, setting := range []**string{&d.snap.LogLevel, &d.snap.LogFilters, &d.snap.LogOutputs} {
 		if seen&(1<<(extraLog+i)|1<<(extraLogBytes+i)) != 0 {
 			v := log[i].String()
@@ -1032,7 +1038,7 @@ func (d *decoder) ownFD() int32 {
 	return fd
 }
 
-var ownerKeys = []string{"pid", "kind", "name", "id", "uuid", "pidfd", "startTime", "nameBytes"}
+var ownerKeys = []string{"pid", "kind", "name", "id", "uuid", "pidfd", "ending", "startTime", "nameBytes"}
 
 // owner reads an entry of the table. Even a wrong one takes its place, because others are counted.
 func (d *decoder) owner() {
@@ -1058,6 +1064,8 @@ func (d *decoder) owner() {
 			o.UUID = d.uuid()
 		case "pidfd":
 			o.PIDFD = d.ownFD()
+		case "ending":
+			o.Ending = d.boolean(false)
 		case "startTime":
 			o.StartTime = d.u64()
 		case "nameBytes":

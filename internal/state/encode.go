@@ -265,6 +265,9 @@ func (e *encoder) extras(s *Snapshot) {
 	if s.PIDFile != NoFD {
 		e.int("pidFile", int64(s.PIDFile))
 	}
+	if s.StartDir != "" {
+		e.string("startDir", s.StartDir)
+	}
 	if s.Timeout != nil {
 		e.uint("timeout", uint64(*s.Timeout))
 	}
@@ -291,6 +294,7 @@ func (e *encoder) extras(s *Snapshot) {
 		if o.PIDFD != NoFD {
 			e.int("pidfd", int64(o.PIDFD))
 		}
+		e.yes("ending", o.Ending)
 		if o.StartTime != 0 {
 			e.uint("startTime", o.StartTime)
 		}

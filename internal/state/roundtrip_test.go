@@ -61,6 +61,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 			StartTime: rapid.Int64Min(0).Draw(t, "start"),
 			Upgrades:  rapid.Uint64().Draw(t, "upgrades"),
 			PIDFile:   NoFD,
+			StartDir:  text.Draw(t, "directory"),
 			LogLevel:  maybe("level"), LogFilters: maybe("filters"), LogOutputs: maybe("outputs"),
 		}
 		if rapid.Bool().Draw(t, "pid file") {
@@ -75,6 +76,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 				Details:   details.Draw(t, "owner"),
 				Kind:      rapid.SampledFrom([]Kind{Unknown, Unverified, Watched, Verified}).Draw(t, "kind"),
 				PIDFD:     NoFD,
+				Ending:    rapid.Bool().Draw(t, "ending"),
 				StartTime: rapid.Uint64().Draw(t, "start"),
 			}
 			if rapid.Bool().Draw(t, "pidfd") {

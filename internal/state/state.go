@@ -49,6 +49,8 @@ type Snapshot struct {
 	StartTime int64  // of the first daemon in this process, ns since the epoch; 0: not known
 	Upgrades  uint64 // how many binaries have handed over in this process
 	PIDFile   int32  // descriptor of the locked pid file, or NoFD
+	// StartDir is where relative names on the command line count from. "": the working directory.
+	StartDir string
 
 	// Settings changed at run time. nil: as the command line and the configuration say.
 	Timeout                          *uint32 // seconds without client before the daemon ends, 0: never
@@ -154,6 +156,7 @@ type Owner struct {
 	Details
 	Kind      Kind
 	PIDFD     int32  // or NoFD
+	Ending    bool   // it has hung up while it held locks, and is being ended
 	StartTime uint64 // of the process, in clock ticks after boot as in proc_pid_stat(5); 0: not known
 }
 
