@@ -262,9 +262,12 @@ func (d *daemon) start(fault error) (err error) {
 		return fmt.Errorf("the working directory can't be told: %w", err)
 	}
 	if d.left.err != nil {
-		d.log.Warn("the state file of an earlier daemon is of no use and was removed; nothing was taken over", "file", d.paths.stateFile, "error", d.left.err)
+		d.log.Warn("the state file of an earlier daemon is of no use; nothing was taken over", "file", d.paths.stateFile, "error", d.left.err)
 	}
 	resume := d.left.snapshot
+	if resume != nil && resume.StartDir != "" {
+		d.startDir = resume.StartDir
+	}
 	// tolerate is for steps without which a daemon that has locks already had better go on.
 	tolerate := func(err error) error {
 		if err == nil || resume == nil {
@@ -372,6 +375,9 @@ func (d *daemon) start(fault error) (err error) {
 	if resume != nil {
 		d.takeOver(resume, d.left.problems)
 		d.adoptListeners(resume)
+		if len(d.left.problems) > 0 {
+			d.dismissStrays()
+		}
 		d.left = legacy{} // it can be large
 		undo(d.unlinkSockets)
 		return nil
@@ -380,6 +386,7 @@ func (d *daemon) start(fault error) (err error) {
 	if err != nil {
 		return &startError{exitNetwork, err}
 	}
+	d.dismissStrays()
 	if d.sockets, err = openSockets(d.paths, passed); err != nil {
 		return err
 	}
@@ -584,7 +591,9 @@ func (d *daemon) serve() (code int, ended bool) {
 			case <-ctx.Done():
 				return
 			case <-d.signals.reload:
+				d.signals.reloading.Store(true)
 				d.reload()
+				d.signals.reloading.Store(false)
 			}
 		}
 	}()
@@ -594,6 +603,8 @@ func (d *daemon) serve() (code int, ended bool) {
 	}
 	d.waiting.report(exitOK, "")
 
+	upgrade := d.signals.upgrade // nil while one is being prepared; the next one waits
+	prepared := make(chan *successor, 1)
 	for {
 		select {
 		case s := <-d.signals.stop:
@@ -605,8 +616,15 @@ func (d *daemon) serve() (code int, ended bool) {
 		case err := <-failed:
 			d.log.Error("the daemon ends: it can't wait for clients any more", "error", err)
 			code = exitUsage
-		case <-d.signals.upgrade:
-			d.upgrade()
+		case <-upgrade:
+			upgrade = nil
+			go func() { prepared <- d.prepareUpgrade(ctx) }()
+			continue
+		case next := <-prepared:
+			if next != nil {
+				d.handOver(next)
+			}
+			upgrade = d.signals.upgrade
 			continue
 		}
 		break

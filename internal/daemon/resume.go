@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +35,7 @@ type legacy struct {
 }
 
 // findLegacy reads the state file and removes it: what it says is true now or never. A file of another process was
-// left by one that died.
+// left by one that died, or is just being handed over there: then it is left alone.
 func findLegacy(p paths) legacy {
 	data, err := state.Read(p.stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -42,8 +45,107 @@ func findLegacy(p paths) legacy {
 	if err == nil {
 		l.snapshot, l.problems, err = state.Decode(data, int32(os.Getpid()))
 	}
+	var magic *state.MagicError
+	if errors.As(err, &magic) && lives(magic.Got) {
+		l.err = fmt.Errorf("%w; that one lives, so the file is left to it", err)
+		return l
+	}
 	l.err = errors.Join(err, state.Remove(p.stateFile))
+	if l.snapshot != nil {
+		l.problems = append(l.problems, disown(l.snapshot)...)
+	}
 	return l
+}
+
+// lives tells whether there is a process with that number.
+func lives(pid string) bool {
+	n, err := strconv.ParseInt(pid, 10, 32)
+	return err == nil && n > 0 && unix.Kill(int(n), 0) != unix.ESRCH
+}
+
+// inherited tells whether a descriptor was open before this program started. All that is opened here
+// is close-on-exec; the first three are not for us to hand over.
+func inherited(fd int) bool {
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+	return fd > 2 && err == nil && flags&unix.FD_CLOEXEC == 0
+}
+
+// disown takes descriptors out of a snapshot that were not inherited: either they are not open, or we have opened something
+// under that number ourselves.
+func disown(s *state.Snapshot) (problems []state.Problem) {
+	ok := func(fd *int32, where string, kept bool, why string) bool {
+		if *fd == state.NoFD || inherited(int(*fd)) {
+			return true
+		}
+		problems = append(problems, state.Problem{
+			Where: where, Trouble: state.Contradiction, Kept: kept,
+			Why: fmt.Sprintf("descriptor %d was not handed over to this program%s", *fd, why),
+		})
+		*fd = state.NoFD
+		return false
+	}
+	ok(&s.PIDFile, "the pid file", true, "; it is locked anew")
+	for name, server := range map[string]*state.Server{lockServer: s.Lock, adminServer: s.Admin} {
+		if server == nil {
+			continue
+		}
+		for i := range server.Services {
+			v := &server.Services[i]
+			v.Sockets = slices.DeleteFunc(v.Sockets, func(k state.Socket) bool {
+				return !ok(&k.FD, "a socket of server "+name, false, "")
+			})
+		}
+		server.Clients = slices.DeleteFunc(server.Clients, func(c state.Client) bool {
+			return !ok(&c.FD, fmt.Sprintf("client %d of server %s", c.ID, name), false, "")
+		})
+	}
+	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
+		for i := range rs {
+			ok(&rs[i].FD, "the lock on "+strconv.Quote(rs[i].Path), true, "; it is tried to take it anew")
+		}
+	}
+	for i := range s.Owners {
+		o := &s.Owners[i]
+		if !ok(&o.PIDFD, fmt.Sprintf("the owner with process id %d", o.PID), true, "; the process that has the number now is watched, but never killed") {
+			o.Kind = min(o.Kind, state.Watched)
+		}
+	}
+	return problems
+}
+
+// dismissStrays looks for descriptors that were inherited and that nobody has taken over. A socket of ours is closed, so that
+// whoever is at its other end learns of it. Anything else stays open: it may hold a lock, and then its file is
+// safe at least until the daemon ends.
+func (d *daemon) dismissStrays() {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		d.log.Warn("cannot tell which descriptors were inherited", "error", err)
+		return
+	}
+	var left []string
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || !inherited(fd) {
+			continue
+		}
+		path := ""
+		if name, err := unix.Getsockname(fd); err == nil {
+			if at, ok := name.(*unix.SockaddrUnix); ok {
+				path = at.Name
+			}
+		}
+		if path != "" && (path == d.paths.lockSocket || path == d.paths.adminSocket) {
+			d.log.Error("a connection or socket of the program before this one was not taken over, it is closed", "descriptor", fd, "path", path)
+			_ = unix.Shutdown(fd, unix.SHUT_RDWR) // a copy elsewhere must not keep the other end waiting
+			unix.Close(fd)
+			continue
+		}
+		link, _ := os.Readlink("/proc/self/fd/" + e.Name())
+		left = append(left, fmt.Sprintf("%d: %s", fd, link))
+	}
+	if len(left) > 0 && (d.left.err != nil || len(d.left.problems) > 0) {
+		d.log.Error("descriptors that nobody knows of stay open until the daemon ends, so files that they may lock stay locked", "descriptors", left)
+	}
 }
 
 // takeOver goes on with what another binary in this process has left. Nothing of it ends the
@@ -60,6 +162,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		d.startTime = s.StartTime
 	}
 	d.upgrades = s.Upgrades
+	d.reapStrays()
 	owners := d.adoptOwners(s)
 	locks := d.adoptLocks(s, owners)
 	clients := d.adoptClients(s, owners)
@@ -69,6 +172,28 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	d.adoptSettings(s)
 	d.log.Info("live upgrade: this binary has taken over", "version", buildinfo.Version, "locks", locks, "clients", clients,
 		"took", time.Since(start).Round(time.Microsecond))
+}
+
+// reapStrays waits for the children that the program before this one has left: workers, most of which have ended with
+// it. Nobody else would.
+func (d *daemon) reapStrays() {
+	pid := strconv.Itoa(os.Getpid())
+	children, err := os.ReadFile("/proc/self/task/" + pid + "/children")
+	if err != nil {
+		d.log.Debug("children of the program before this one stay as zombies when they end", "error", err)
+		return
+	}
+	for _, child := range strings.Fields(string(children)) {
+		if n, err := strconv.Atoi(child); err == nil {
+			go func() {
+				for {
+					if _, err := unix.Wait4(n, nil, 0, nil); err != unix.EINTR {
+						return
+					}
+				}
+			}()
+		}
+	}
 }
 
 // adoptOwners returns them in the order of the snapshot. One that can't be watched is kept as a number: its locks
@@ -84,6 +209,9 @@ func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
 			if o, err = d.owners.Adopt(&from); err != nil {
 				panic(err) // a number can't fail
 			}
+		}
+		if from.Kind == state.Unknown && from.PID > 0 && o.Kind() == owner.Unverified {
+			d.log.Warn("live upgrade: locks are held for a process that there is not; they are kept until they are released", "pid", from.PID)
 		}
 		owners[i] = o
 	}
@@ -189,14 +317,17 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 				if from.server != d.lock {
 					return nil
 				}
-				return d.locks.Restore(client, c, owners)
+				if err := d.locks.Restore(client, c, owners); err != nil {
+					d.log.Warn("live upgrade: a connection is kept, but its end does not tell that of the guest", "error", err)
+				}
+				return nil
 			})
 			if err == nil {
 				n++
 				continue
 			}
 			d.log.Error("live upgrade: a client is not kept; its connection is closed", "error", err)
-			// Only a socket can be shut down: nothing else is ever closed by mistake.
+			// Only a connected socket can be shut down: nothing else is ever closed by mistake.
 			if unix.Shutdown(int(c.FD), unix.SHUT_RDWR) == nil {
 				unix.Close(int(c.FD))
 			}
@@ -223,32 +354,57 @@ func (d *daemon) adoptListeners(s *state.Snapshot) {
 		path string
 		to   **socket
 	}{{s.Lock, d.paths.lockSocket, &d.sockets.lock}, {s.Admin, d.paths.adminSocket, &d.sockets.admin}} {
-		var err error
-		if *l.to, err = inheritSocket(l.from); *l.to == nil && err == nil {
-			*l.to, err = bindSocket(l.path)
+		if *l.to = d.inheritSocket(l.from); *l.to != nil {
+			continue
 		}
-		if err != nil {
+		var err error
+		if *l.to, err = bindSocket(l.path); err != nil {
 			d.log.Error("live upgrade: a socket can't be served, new clients have to wait for a restart; locks are kept", "path", l.path, "error", err)
 		}
 	}
 }
 
-// inheritSocket returns the server's first listening socket; nil without error if it has none.
-func inheritSocket(s *state.Server) (*socket, error) {
-	if s == nil || len(s.Services) == 0 || len(s.Services[0].Sockets) == 0 {
-		return nil, nil
+// inheritSocket returns the server's listening socket; nil if it has none.
+func (d *daemon) inheritSocket(s *state.Server) (out *socket) {
+	if s == nil {
+		return nil
 	}
-	from := s.Services[0].Sockets[0]
+	for _, service := range s.Services {
+		for _, from := range service.Sockets {
+			one, err := inheritOne(from)
+			if err == nil && out != nil {
+				err = fmt.Errorf("path %q: there is one already, and no more are served; set one ListenStream= in each socket unit", one.path)
+			}
+			if err != nil {
+				d.log.Error("live upgrade: a listening socket is not kept", "descriptor", from.FD, "error", err)
+				continue
+			}
+			out = one
+		}
+	}
+	return out
+}
+
+func inheritOne(from state.Socket) (*socket, error) {
 	fd := int(from.FD)
 	name, err := unix.Getsockname(fd)
 	if err != nil {
-		return nil, fmt.Errorf("descriptor %d: %w", fd, os.NewSyscallError("getsockname", err))
+		return nil, os.NewSyscallError("getsockname", err)
+	}
+	at, ok := name.(*unix.SockaddrUnix)
+	listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	if err != nil {
+		return nil, os.NewSyscallError("getsockopt(SO_ACCEPTCONN)", err)
+	}
+	kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		return nil, os.NewSyscallError("getsockopt(SO_TYPE)", err)
+	}
+	if !ok || listens == 0 || kind != unix.SOCK_STREAM {
+		return nil, errors.New("it is not a listening UNIX stream socket")
 	}
 	unix.CloseOnExec(fd)
-	out := &socket{fd: fd}
-	if at, ok := name.(*unix.SockaddrUnix); ok {
-		out.path = at.Name
-	}
+	out := &socket{fd: fd, path: at.Name}
 	var st unix.Stat_t
 	if from.Unlink && out.path != "" && unix.Lstat(out.path, &st) == nil {
 		out.bound, out.dev, out.ino = true, st.Dev, st.Ino

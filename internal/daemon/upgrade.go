@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -40,12 +39,14 @@ const (
 	patience = 300 * time.Millisecond
 	// lastFlush bounds the wait for the last log lines, with everybody waiting.
 	lastFlush = 20 * time.Millisecond
+	// grace is how long a request that has just got its lock may take to answer.
+	grace = 50 * time.Millisecond
 	// stuck is how old a call on a local disk may be: exec(2) would wait for it.
 	stuck = time.Second
 )
 
-// upgrade replaces the running binary by the one that is installed now, for SIGUSR1. Either that works and
-// everything goes on there, or nothing has happened but a log line.
+// prepareUpgrade begins to replace the running binary by the one that is installed now, for SIGUSR1. Either that works and
+// everything goes on there, or nothing has happened but a log line. nil: it has failed.
 //
 //	find the binary; ask it --version in a child: does it run, is it ours or the C daemon?
 //	read the configuration: a bad file must not wait for the new binary
@@ -56,33 +57,77 @@ const (
 //	execve
 //
 // and, if a step fails, all of it backwards.
-func (d *daemon) upgrade() {
+//
+// What can take its time comes first and on a goroutine of its own, so that the daemon goes on meanwhile and can be ended. The
+// freeze and what is after it is done by hand.
+func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 	d.log.Info("SIGUSR1: live upgrade begins")
-	if err := d.handOver(); err != nil {
-		d.log.Error("SIGUSR1: no live upgrade; every lock and client stays as it is", "error", err)
+	next, err := d.findSuccessor(ctx)
+	if err == nil {
+		if _, _, err = d.loadConfig(); err != nil {
+			err = fmt.Errorf("the new binary could not read its configuration; mend it and try again: %w", err)
+		}
 	}
-}
-
-func (d *daemon) handOver() error {
-	target, err := d.findBinary()
+	if err == nil {
+		err = d.noCallStuck()
+	}
 	if err != nil {
-		return err
-	}
-	reader, err := ask(target)
-	if err != nil {
-		return err
-	}
-	if _, _, err := d.loadConfig(); err != nil {
-		return fmt.Errorf("the new binary could not read its configuration; mend it and try again: %w", err)
-	}
-	if err := d.noCallStuck(); err != nil {
-		return err
+		if ctx.Err() == nil {
+			d.upgradeFailed(err)
+		}
+		return nil
 	}
 	d.flushLogs(flushTime) // so that it takes no time later
+	return next
+}
+
+func (d *daemon) upgradeFailed(err error) {
+	d.log.Error("SIGUSR1: no live upgrade; every lock and client stays as it is", "error", err)
+}
+
+// errEnding says that there is nothing to go on with.
+var errEnding = errors.New("the daemon was asked to end")
+
+// successor is the program to go on with.
+type successor struct {
+	path   string
+	reader state.Reader
+}
+
+func (d *daemon) findSuccessor(ctx context.Context) (*successor, error) {
+	path, err := d.findBinary()
+	if err != nil {
+		return nil, err
+	}
+	reader, err := ask(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	return &successor{path, reader}, nil
+}
+
+// handOver goes on with the successor. It returns only if that is not possible.
+func (d *daemon) handOver(next *successor) {
 	d.tellSystemd(fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", monotonic()/1000))
 	defer d.tellSystemd("READY=1") // not reached after exec: the new binary says it
-	return d.frozen(func(s *state.Snapshot) error { return d.replace(target, reader, s) })
+	var err error
+	for try := 1; ; try++ {
+		err = d.frozen(func(s *state.Snapshot) error { return d.replace(next, s, try == halfTries) })
+		if !errors.Is(err, errHalf) {
+			break
+		}
+		time.Sleep(halfPause)
+	}
+	d.upgradeFailed(err)
 }
+
+// The C daemon can't be given the half of a message. Mostly the other half comes at once.
+const (
+	halfTries = 5
+	halfPause = 20 * time.Millisecond
+)
+
+var errHalf = errors.New("a message is half received or half sent")
 
 // flushLogs gives log outputs time to write what they have. One that is stuck loses it, as it does
 // anyway.
@@ -128,11 +173,11 @@ func (d *daemon) findBinary() (string, error) {
 
 // ask runs the binary with --version and tells which daemon it is: only one that can say that much is
 // given the locks. Ours has a second line.
-func ask(path string) (state.Reader, error) {
+func ask(ctx context.Context, path string) (state.Reader, error) {
 	fail := func(err error) (state.Reader, error) {
 		return 0, fmt.Errorf("the program %s is not fit to go on with: %w", path, err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), askTime)
+	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, "--version")
 	cmd.Dir = "/"
@@ -179,15 +224,25 @@ func (d *daemon) noCallStuck() error {
 // frozen calls do with a picture of everything while nothing changes. When do returns, everything goes on.
 func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	start := time.Now()
-	hung := make(map[*rpc.Client]bool)
-	for _, s := range []*rpc.Server{d.lock, d.admin} {
-		for _, c := range s.Freeze(patience) {
-			hung[c] = true
-		}
+	deadline := start.Add(patience)
+	servers := []*rpc.Server{d.lock, d.admin}
+	running := make([][]*rpc.Client, len(servers))
+	for i, s := range servers {
+		running[i] = s.Freeze(deadline)
 		defer s.Thaw()
 	}
-	d.table.Freeze(patience)
+	d.table.Freeze(deadline)
 	defer d.table.Thaw()
+	hung := make(map[*rpc.Client]bool)
+	for i, s := range servers {
+		if len(running[i]) == 0 {
+			continue
+		}
+		// Some may have got what they wait for just now, and are about to answer. No other can before Thaw.
+		for _, c := range s.StillRunning(running[i], time.Now().Add(grace)) {
+			hung[c] = true
+		}
+	}
 	d.owners.Freeze()
 	defer d.owners.Thaw()
 	if len(hung) > 0 {
@@ -221,6 +276,9 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	s := &state.Snapshot{
 		PID: int32(os.Getpid()), PIDFile: state.NoFD,
 		StartTime: d.startTime, Upgrades: d.upgrades + 1,
+	}
+	if d.options.detach {
+		s.StartDir = d.startDir
 	}
 	s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place)
 	s.Lock = d.lock.Snapshot(d.unlinksSocket)
@@ -275,7 +333,10 @@ func (d *daemon) unlinksSocket(fd int) bool {
 
 // replace writes the state file and runs the new binary in this process. It returns only if that did not work, and
 // then everything is as it was.
-func (d *daemon) replace(target string, reader state.Reader, s *state.Snapshot) (err error) {
+//
+// errHalf: the C daemon has to wait for the rest of a message, unless cut allows to cut it off.
+func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err error) {
+	target, reader := next.path, next.reader
 	var copies []int // of files in cells, which the C daemon knows nothing of
 	defer func() {
 		for _, fd := range copies {
@@ -283,7 +344,7 @@ func (d *daemon) replace(target string, reader state.Reader, s *state.Snapshot) 
 		}
 	}()
 	if reader == state.C {
-		if copies, err = d.digest(s); err != nil {
+		if copies, err = d.digest(s, cut); err != nil {
 			return err
 		}
 	}
@@ -310,7 +371,7 @@ func (d *daemon) replace(target string, reader state.Reader, s *state.Snapshot) 
 	if err := inheritable(fds, true); err != nil {
 		return errors.Join(err, inheritable(fds, false))
 	}
-	err = execute(target, reader)
+	err = d.execute(target, reader)
 	return errors.Join(fmt.Errorf("cannot run %s: %w", target, err), inheritable(fds, false))
 }
 
@@ -323,7 +384,7 @@ func countLocks(s *state.Snapshot) int {
 }
 
 // digest makes of a snapshot one that the C daemon can go on with, or says why that is impossible.
-func (d *daemon) digest(s *state.Snapshot) (copies []int, err error) {
+func (d *daemon) digest(s *state.Snapshot, cut bool) (copies []int, err error) {
 	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
 		for i := range rs {
 			if !rs[i].File.Remote {
@@ -344,6 +405,8 @@ func (d *daemon) digest(s *state.Snapshot) (copies []int, err error) {
 	}
 	for _, o := range obstacles {
 		switch {
+		case !cut && (o.Hurdle == state.HalfRequest || o.Hurdle == state.HalfReply):
+			return copies, errHalf
 		case o.Hurdle.Blocks() && o.Client != 0:
 			// Its connection ends; the C daemon would end with every lock.
 			server := s.Lock
@@ -408,30 +471,27 @@ func inheritable(fds []int32, yes bool) error {
 }
 
 // execute runs the new binary in this process, with our arguments and environment. Until that has its handlers
-// in place, signals must neither be lost nor deadly: ours finds them blocked and pending; for the C
-// daemon, which would leave them blocked for ever, only SIGUSR1 is ignored.
-func execute(target string, reader state.Reader) error {
+// in place, signals must neither be lost nor deadly.
+func (d *daemon) execute(target string, reader state.Reader) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	var mask, old unix.Sigset_t
-	if reader == state.Ours {
-		for _, s := range heldBack {
-			mask.Val[(s-1)/64] |= 1 << ((uint(s) - 1) % 64)
-		}
+	if reader == state.C {
+		defer d.signals.ignoreOthers()()
 	} else {
-		signal.Ignore(syscall.SIGUSR1)
+		unblock, err := d.signals.block()
+		if err != nil {
+			return err
+		}
+		defer unblock()
 	}
-	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &mask, &old); err != nil {
-		return os.NewSyscallError("pthread_sigmask", err)
+	if len(d.asked) > 0 {
+		return errEnding
 	}
-	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
+	if err := d.signals.passOn(); err != nil {
+		return err
+	}
 	return os.NewSyscallError("execve", syscall.Exec(target, os.Args, os.Environ()))
 }
-
-// heldBack are the signals that mean something to a daemon. Others stay as they are: the Go run-time
-// needs some of them for itself.
-var heldBack = []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1,
-	syscall.SIGUSR2, syscall.SIGALRM}
 
 // saveLogSettings notes what was changed at run time, by the admin protocol.
 func (d *daemon) saveLogSettings(s *state.Snapshot) {

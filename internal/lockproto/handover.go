@@ -31,7 +31,8 @@ func (p *Program) Save(c *rpc.Client, place func(*owner.Owner) int32, into *stat
 }
 
 // Restore gives a connection back what it had told us. owners are those of the snapshot, each
-// adopted. The C daemon keeps no proof of who a peer is: the kernel is asked again.
+// adopted. The C daemon keeps no proof of who a peer is: the kernel is asked again. If the answer is no, which the error
+// then says, the connection is as good as any other, but its end is not taken for the guest's.
 func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Owner) error {
 	s := &session{restricted: from.Restricted}
 	c.Session = s
@@ -51,11 +52,11 @@ func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Own
 	case d.PID > 0 && d.PID == c.PID():
 		pidfd, err := c.PeerPIDFD()
 		if err != nil {
-			return fmt.Errorf("cannot watch the guest %q (pid %d) of client %d: %w", d.Name, d.PID, c.ID(), err)
+			return fmt.Errorf("cannot watch the guest %q (pid %d) by its connection, client %d: %w", d.Name, d.PID, c.ID(), err)
 		}
 		self, err := p.cfg.Owners.Self(&d, pidfd)
 		if err != nil {
-			return fmt.Errorf("cannot watch the guest %q (pid %d) of client %d: %w", d.Name, d.PID, c.ID(), err)
+			return fmt.Errorf("cannot watch the guest %q (pid %d) by its connection, client %d: %w", d.Name, d.PID, c.ID(), err)
 		}
 		s.self.Store(self)
 	}

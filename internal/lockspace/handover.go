@@ -15,11 +15,11 @@ import (
 )
 
 // Freeze stops every change of the table until Thaw, for the time of a hand-over. It first lets what is under way
-// come to its end, but waits no longer than patience for disks that do not answer: those
+// come to its end, but does not wait beyond the deadline for disks that do not answer: those
 // resources are not part of the snapshot, and whoever works on them undoes it.
-func (t *Table) Freeze(patience time.Duration) {
+func (t *Table) Freeze(deadline time.Time) {
 	expired := false
-	timer := time.AfterFunc(patience, func() {
+	timer := time.AfterFunc(time.Until(deadline), func() {
 		t.mu.Lock()
 		expired = true
 		t.mu.Unlock()

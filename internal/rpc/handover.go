@@ -5,6 +5,7 @@ package rpc
 import (
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,35 +15,44 @@ import (
 
 // Freeze makes the server stand still for a hand-over to another binary: nobody is accepted, no
 // further request is read or executed, and those that run come to their end, reply included. It
-// waits no longer than patience for them, and returns the clients whose call still runs then. They
-// are not part of the snapshot: their connections end with this binary.
+// waits for them until the deadline, and returns the clients whose call still runs then.
 //
 // Bytes that were read of a request, and bytes of a reply that the peer has not read, stay with
 // the client. Thaw undoes it.
-func (s *Server) Freeze(patience time.Duration) (running []*Client) {
+func (s *Server) Freeze(deadline time.Time) (running []*Client) {
 	s.freezing.Store(true)
 	s.mu.Lock()
-	s.frozen = append(s.frozen, s.listeners...)
+	listeners := slices.Clone(s.listeners)
 	s.mu.Unlock()
-	for _, l := range s.frozen {
-		l.mu.Lock() // a poller's goroutine that wants to accept waits here
+	for _, l := range listeners {
+		// Whoever is accepting has made a client before this returns; the next one sees that we freeze.
+		l.mu.Lock()
+		l.mu.Unlock() //nolint:staticcheck // it is a barrier
 	}
-	timeout := time.NewTimer(patience)
+	return s.StillRunning(s.Clients(), deadline)
+}
+
+// StillRunning waits until the given clients of a frozen server rest, and until those that were ending have
+// ended, but no longer than the deadline. It returns the clients that run then. They
+// are not to be saved: their connections end with this binary.
+func (s *Server) StillRunning(of []*Client, deadline time.Time) []*Client {
+	timeout := time.NewTimer(time.Until(deadline))
 	defer timeout.Stop()
 	for {
-		running = running[:0]
-		for _, c := range s.Clients() {
-			if c.state.Load()&stateActive != 0 {
-				running = append(running, c)
-			}
-		}
-		if len(running) == 0 {
+		// A client that is found at rest stays so: whoever wakes it sees that we freeze.
+		of = slices.DeleteFunc(of, func(c *Client) bool {
+			return c.state.Load()&stateActive == 0 || s.Client(c.id) != c
+		})
+		s.mu.Lock()
+		ending := s.live > uint32(len(s.clients))
+		s.mu.Unlock()
+		if len(of) == 0 && !ending {
 			return nil
 		}
 		select {
 		case <-s.rested:
 		case <-timeout.C:
-			return running
+			return of
 		}
 	}
 }
@@ -50,10 +60,10 @@ func (s *Server) Freeze(patience time.Duration) (running []*Client) {
 // Thaw ends Freeze: everybody goes on where he stood.
 func (s *Server) Thaw() {
 	s.freezing.Store(false)
-	for _, l := range s.frozen {
-		l.mu.Unlock()
-	}
-	s.frozen = nil
+	s.mu.Lock()
+	awake := slices.DeleteFunc(slices.Clone(s.listeners), func(l *listener) bool { return l.rest != restNot })
+	s.mu.Unlock()
+	arm(awake)
 	for _, c := range s.Clients() {
 		// What came meanwhile was noticed and left alone.
 		if c.state.Or(stateActive|stateEvent)&stateActive == 0 {
@@ -129,7 +139,7 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 			return fail(err)
 		}
 		if age := time.Now().UnixNano() - from.ConnectTime; from.ConnectTime > 0 && age > 0 {
-			up -= age
+			up -= age - int64(time.Second) // rounded up: a process may have started within that second
 		}
 	}
 	unix.CloseOnExec(fd)
@@ -146,7 +156,10 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 	if len(c.out) > 0 && len(s.programs) > 0 {
 		c.caller = s.programs[0].Program // each server has one
 	}
-	c.state.Store(stateActive | stateEvent) // nobody else runs it before it is complete
+	idle := len(c.in) == 0
+	if !idle {
+		c.state.Store(stateActive | stateEvent) // it may have sent a whole request to the binary before us
+	}
 	for i := range s.programs {
 		if o, ok := s.programs[i].Program.(Opener); ok {
 			o.Opened(c)
@@ -173,10 +186,13 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 	}
 	if err != nil {
 		s.log.Error("cannot serve "+c.String(), "error", err)
-		c.requestClose()
+		if c.requestClose() {
+			idle = false
+		}
 	}
 	c.charge()
-	// It may have said something that was read by the binary before us.
-	go c.run()
+	if !idle {
+		go c.run()
+	}
 	return nil
 }

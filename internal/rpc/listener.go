@@ -114,7 +114,7 @@ func (l *listener) Ready(uint32) {
 func (l *listener) accept() *Client {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.fd < 0 || !l.server.admit(l) {
+	if l.fd < 0 || l.server.freezing.Load() || !l.server.admit(l) {
 		return nil
 	}
 	fd, errno := accept(l.fd)

@@ -118,8 +118,7 @@ type Server struct {
 
 	// See Freeze.
 	freezing atomic.Bool
-	rested   chan struct{} // a client has come to rest while freezing
-	frozen   []*listener
+	rested   chan struct{} // a client has come to rest, or has ended, while freezing
 
 	// Clients that are to be ended. One goroutine at a time works them off,
 	// in order, so that many disconnects at once leave the others for requests.
