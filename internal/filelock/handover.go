@@ -172,6 +172,9 @@ func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
 	if errno != 0 {
 		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, errno)
 	}
+	if errno := s.isLock(fd, path, info.id); errno != nil {
+		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, errno)
+	}
 	unix.CloseOnExec(fd)
 	l := &Lock{files: t.files, id: info.id, path: path, fd: int32(fd), mode: mode}
 	key := inode{uint64(s.st.Dev), s.st.Ino} //nolint:unconvert // other widths on other architectures
@@ -187,6 +190,28 @@ func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
 		return nil, Lost, err
 	}
 	return l, found, nil
+}
+
+// isLock tells why an open file can't be what the C daemon had locked at path. That file may have been replaced since, but
+// then the kernel says that it is locked by us.
+func (s *scratch) isLock(fd int, path string, id FileID) error {
+	if now, errno := stat(path); errno == 0 && now.id == id {
+		return nil
+	}
+	before, errno := s.blocker(fd, unix.F_GETLK)
+	if errno != 0 {
+		return errno
+	}
+	now, errno := s.blocker(fd, unix.F_OFD_GETLK)
+	switch {
+	case errno != 0:
+		return errno
+	case now.Type != unix.F_UNLCK && int(now.Pid) == os.Getpid(): // a POSIX lock of this process
+	case before.Type != unix.F_UNLCK && before.Pid == -1 && now.Type == unix.F_UNLCK: // the OFD lock of this description
+	default:
+		return errors.New("it is another file")
+	}
+	return nil
 }
 
 // share makes l a second Lock on the open file description of first.

@@ -113,8 +113,12 @@ func (w *work) serve() bool {
 	answer := w.do(r)
 	sent := w.send(answer)
 	if !sent && r.op == workLock && answer.errno == 0 && answer.step == stepNone {
-		// Nobody knows of this lock.
-		w.release(request{op: workRelease, mode: r.mode, cell: r.cell})
+		// Nobody knows of this lock, nor of a lease file that was made for it.
+		undo := request{op: workRelease, mode: r.mode, cell: r.cell}
+		if r.create {
+			undo.path = r.path
+		}
+		w.release(undo)
 	}
 	if r.cell >= 0 {
 		unix.Close(r.cell)
