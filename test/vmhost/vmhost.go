@@ -303,7 +303,8 @@ func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 
 // Signal sends a signal (a name such as "KILL") to a process of the host by its pid there.
 func (h *Host) Signal(ctx context.Context, signal string, pid int) error {
-	_, err := h.Run(ctx, "kill", "-"+signal, strconv.Itoa(pid))
+	// The shell's own kill: a small Debian has no other.
+	_, err := h.Run(ctx, "sh", "-c", `kill -s "$1" "$2"`, "sh", signal, strconv.Itoa(pid))
 	return err
 }
 
