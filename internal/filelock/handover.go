@@ -101,6 +101,7 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 		l.mode = Shared // for Strengthen
 		return l, Lost, nil
 	}
+	s.gap(fd, mode)
 	return l, Kept, t.rejoin(l)
 }
 

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package upgrade
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"virtlockd/test/host"
+	"virtlockd/test/wire"
+)
+
+func TestMain(m *testing.M) {
+	if part := os.Getenv(partEnv); part != "" {
+		os.Exit(playPart(part))
+	}
+	host.Main(m)
+}
+
+// partEnv tells a process that a test started what it is.
+const partEnv = "VIRTLOCKD_UPGRADE_TEST_PART"
+
+func playPart(part string) int {
+	var err error
+	switch part {
+	case "checker":
+		err = check(os.Args[1:])
+	case "giver":
+		err = give()
+	default:
+		err = fmt.Errorf("no part is called %q", part)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "part of a test: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+const (
+	link      = "/tmp/bin/virtlockd" // what the daemon execs: a symbolic link
+	notify    = "/run/notify"
+	stateFile = "/run/virtlockd-restart-exec.json"
+	pidFile   = "/run/virtlockd.pid"
+)
+
+// Owners whose process ids belong to no process: the kernel gives none above 4194304.
+const (
+	noOne     = 0x70000001
+	noOneElse = 0x70000002
+)
+
+// machine is a host with one daemon, whose binary is a link that can be turned.
+type machine struct {
+	*host.Host
+	*host.Daemon
+	t testing.TB
+
+	mu   sync.Mutex
+	said []string // to systemd
+}
+
+// start starts a daemon. It logs everything but debug messages, unless o.Config says otherwise.
+func start(t testing.TB, binary string, o host.Options) *machine {
+	t.Helper()
+	return startOn(t, host.New(t), binary, o)
+}
+
+func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine {
+	t.Helper()
+	m := &machine{Host: h, t: t}
+	m.turn(binary)
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: h.Path(notify), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		buf := make([]byte, 4096)
+		for {
+			n, err := socket.Read(buf)
+			if err != nil {
+				return
+			}
+			m.mu.Lock()
+			m.said = append(m.said, string(buf[:n]))
+			m.mu.Unlock()
+		}
+	}()
+	t.Cleanup(func() {
+		socket.Close()
+		<-ended
+	})
+	o.Argv0 = cmp.Or(o.Argv0, link)
+	o.Config = "log_level = 2\nlog_filters = \"4:lock_daemon_dispatch\"\n" + o.Config
+	o.Env = append(o.Env, "NOTIFY_SOCKET="+notify)
+	m.Daemon = h.Start(binary, o)
+	return m
+}
+
+// turn makes the link lead to a binary.
+func (m *machine) turn(binary string) {
+	m.t.Helper()
+	m.Must(func() error {
+		if err := os.MkdirAll(filepath.Dir(link), 0o755); err != nil {
+			return err
+		}
+		if err := os.Symlink(binary, link+".new"); err != nil {
+			return err
+		}
+		return os.Rename(link+".new", link)
+	})
+}
+
+// readies is how often the daemon has said that it is ready.
+func (m *machine) readies() (n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.said {
+		if slices.Contains(strings.Split(s, "\n"), "READY=1") {
+			n++
+		}
+	}
+	return n
+}
+
+// hop upgrades to a binary and returns when that is ready.
+func (m *machine) hop(binary string) {
+	m.t.Helper()
+	m.turn(binary)
+	m.usr1()
+}
+
+// usr1 upgrades to what the link leads to.
+func (m *machine) usr1() {
+	m.t.Helper()
+	before, failed := m.readies(), m.failures()
+	m.Signal(syscall.SIGUSR1)
+	if !host.Eventually(func() bool { return m.readies() > before || m.failures() > failed || !m.Alive() }) ||
+		m.failures() > failed || !m.Alive() {
+		m.t.Fatalf("no upgrade\n%s", host.Shorten(m.Stderr()))
+	}
+}
+
+const (
+	failureLine = "SIGUSR1: no live upgrade"
+	successLine = "this binary has taken over"
+)
+
+func (m *machine) failures() int { return strings.Count(m.Stderr(), failureLine) }
+
+// fails sends SIGUSR1 and expects no upgrade, for a reason that the log tells in one line.
+func (m *machine) fails(reason string) {
+	m.t.Helper()
+	failed, taken := m.failures(), strings.Count(m.Stderr(), successLine)
+	m.Signal(syscall.SIGUSR1)
+	if !host.Eventually(func() bool { return m.failures() > failed || !m.Alive() }) || !m.Alive() {
+		m.t.Fatalf("%s: no word of it\n%s", reason, host.Shorten(m.Stderr()))
+	}
+	if n := strings.Count(m.Stderr(), successLine); n != taken {
+		m.t.Fatalf("%s: upgraded all the same", reason)
+	}
+	line := last(m.Stderr(), failureLine)
+	if !strings.Contains(line, " error : ") || !strings.Contains(line, reason) {
+		m.t.Errorf("the log does not say %q: %s", reason, line)
+	}
+}
+
+// last returns the last line of a text that has a word in it.
+func last(text, word string) string {
+	found := ""
+	for line := range strings.Lines(text) {
+		if strings.Contains(line, word) {
+			found = strings.TrimSpace(line)
+		}
+	}
+	return found
+}
+
+// says fails the test if no line of the log has all these words.
+func (m *machine) says(words ...string) {
+	m.t.Helper()
+	if m.countLines(words...) == 0 {
+		m.t.Errorf("no line in the log has %q\n%s", words, host.Shorten(m.Stderr()))
+	}
+}
+
+func (m *machine) countLines(words ...string) (n int) {
+	for line := range strings.Lines(m.Stderr()) {
+		if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+			n++
+		}
+	}
+	return n
+}
+
+// TryDial connects as libvirt does, which waits while the queue of the socket is full. Go's connect(2) does not.
+func (m *machine) TryDial(socket string) (c *wire.Conn, err error) {
+	host.Eventually(func() bool {
+		c, err = m.Daemon.TryDial(socket)
+		return !errors.Is(err, syscall.EAGAIN)
+	})
+	return c, err
+}
+
+// Dial is TryDial for what can't fail. The connection is closed when the test ends.
+func (m *machine) Dial(socket string) *wire.Conn {
+	m.t.Helper()
+	c, err := m.TryDial(socket)
+	if err != nil {
+		m.t.Fatalf("connect: %v\n%s", err, host.Shorten(m.Stderr()))
+	}
+	m.t.Cleanup(c.Close)
+	return c
+}
+
+func (m *machine) touch(paths ...string) {
+	m.t.Helper()
+	for _, path := range paths {
+		m.WriteFile(path, "", 0o644)
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// refused checks for the answer that a resource is locked.
+func refused(t testing.TB, what string, err error) {
+	t.Helper()
+	if !wire.IsLocked(err) {
+		t.Errorf("%s: got %v, want 'is locked'", what, err)
+	}
+}
+
+func eventually(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	if !host.Eventually(cond) {
+		t.Fatalf("never: %s", what)
+	}
+}
+
+// command returns this test binary as a process on the host that plays a part.
+func (m *machine) command(part string, args ...string) *exec.Cmd {
+	return &exec.Cmd{
+		Path: "/proc/self/exe", Args: append([]string{"virtlockd-test-" + part}, args...),
+		Env: append(os.Environ(), partEnv+"="+part), Dir: host.Cwd, Stderr: os.Stderr,
+		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
+	}
+}
