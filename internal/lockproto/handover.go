@@ -25,7 +25,7 @@ func (p *Program) Save(c *rpc.Client, place func(*owner.Owner) int32, into *stat
 	if self := s.self.Load(); self != nil {
 		into.Self = place(self)
 	}
-	if len(into.Unsent) > 0 && s.acquired.Resource != "" {
+	if len(into.Unsent) > 0 && s.acquired != (lockspace.Hold{}) {
 		into.Undo = &state.Undo{Lockspace: s.acquired.Lockspace, Resource: s.acquired.Resource}
 	}
 }
@@ -42,14 +42,14 @@ func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Own
 	d := owner.Details(from.Owner)
 	s.owner = &d
 	if from.Undo != nil {
-		s.acquired = lockspace.Request{Lockspace: from.Undo.Lockspace, Resource: from.Undo.Resource}
+		s.acquired = p.cfg.Table.Find(from.Undo.Lockspace, from.Undo.Resource, d.PID)
 	}
 	switch {
 	case from.Self != state.None:
 		self := owners[from.Self]
 		self.Retain()
 		s.self.Store(self)
-	case d.PID > 0 && d.PID == c.PID():
+	case d.PID > 0 && d.PID == c.PID() && s.inOurs(c):
 		pidfd, err := c.PeerPIDFD()
 		if err != nil {
 			return fmt.Errorf("cannot watch the guest %q (pid %d) by its connection, client %d: %w", d.Name, d.PID, c.ID(), err)

@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"sync/atomic"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/rpc"
@@ -88,11 +90,11 @@ type session struct {
 	self       atomic.Pointer[owner.Owner] // the owner that is the peer itself, as the kernel says; or nil
 	restricted bool
 	namespace  namespace
-	acquired   lockspace.Request // by the last call, in case its reply can't be delivered
+	acquired   lockspace.Hold // by the last call, in case its reply can't be delivered
 }
 
 // namespace tells whether the numbers that a client sends are processes of our pid
-// namespace. It costs two system calls, so it is found out once, when it matters.
+// namespace. It costs some system calls, so it is found out once, when it matters.
 type namespace uint8
 
 const (
@@ -104,11 +106,22 @@ const (
 func (s *session) inOurs(c *rpc.Client) bool {
 	if s.namespace == unknown {
 		s.namespace = foreign
-		if owner.InOurPIDNamespace(c.PID()) {
+		if peerInOurs(c) {
 			s.namespace = ours
 		}
 	}
 	return s.namespace == ours
+}
+
+// peerInOurs asks about the very process that connected: if it lives now, its number was not
+// another's a moment before.
+func peerInOurs(c *rpc.Client) bool {
+	pidfd, err := c.PeerPIDFD()
+	if err != nil {
+		return false
+	}
+	defer unix.Close(pidfd)
+	return owner.InOurPIDNamespace(c.PID()) && unix.PidfdSendSignal(pidfd, 0, nil, 0) == nil
 }
 
 func (s *session) request(c *rpc.Client, a *args) lockspace.Request {
@@ -146,7 +159,7 @@ func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte,
 		return out, rpc.ErrNoProc
 	}
 	s := c.Session.(*session)
-	s.acquired = lockspace.Request{}
+	s.acquired = lockspace.Hold{}
 	pr := &procedures[proc]
 	a, err := pr.layout.decode(payload)
 	if err != nil {
@@ -182,7 +195,8 @@ func (p *Program) register(c *rpc.Client, s *session, a *args) error {
 		return errNotRegistered
 	}
 	var self *owner.Owner
-	if a.owner.PID > 0 && a.owner.PID == c.PID() {
+	// A number from another pid namespace is another process, even if it is the client's own here.
+	if a.owner.PID > 0 && a.owner.PID == c.PID() && s.inOurs(c) {
 		pidfd, err := c.PeerPIDFD()
 		if err != nil {
 			return err
@@ -245,11 +259,9 @@ func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
 		defer named.Release() // the lock has its own reference
 		req.Owner = named
 	}
-	if err := p.cfg.Table.Acquire(req); err != nil {
-		return err
-	}
-	s.acquired = req
-	return nil
+	var err error
+	s.acquired, err = p.cfg.Table.Acquire(req)
+	return err
 }
 
 func (p *Program) release(c *rpc.Client, s *session, a *args) error {
@@ -266,16 +278,15 @@ func (s *session) speaksForOurs(c *rpc.Client) bool {
 // knows that it is held.
 func (p *Program) Undo(c *rpc.Client) {
 	s := c.Session.(*session)
-	if s.acquired.Resource == "" {
+	undo := s.acquired
+	if undo == (lockspace.Hold{}) {
 		return
 	}
-	req := s.acquired
-	s.acquired = lockspace.Request{}
-	req.Client = nil
-	if err := p.cfg.Table.Release(req, s.owner.PID, true); err != nil {
+	s.acquired = lockspace.Hold{}
+	if err := p.cfg.Table.Undo(undo); err != nil {
 		p.cfg.Logger.Debug("an acquisition without client was released by somebody else first", "error", err)
 	} else {
-		p.cfg.Logger.Info("an acquisition was undone: its client has gone", "lockspace", req.Lockspace, "resource", req.Resource, "", s.owner)
+		p.cfg.Logger.Info("an acquisition was undone: its client has gone", "lockspace", undo.Lockspace, "resource", undo.Resource, "", s.owner)
 	}
 }
 

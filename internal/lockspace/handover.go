@@ -62,8 +62,8 @@ func (r *resource) snapshot(place func(*owner.Owner) int32) state.Resource {
 		FD: int32(fd), Held: true, Flags: r.flags, File: file,
 		Owners: make([]int32, len(r.holders)),
 	}
-	for i, o := range r.holders {
-		res.Owners[i] = place(o)
+	for i, h := range r.holders {
+		res.Owners[i] = place(h.owner)
 	}
 	return res
 }
@@ -104,7 +104,9 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 	s.resources[r.name] = r
 	for other := t.files[lock.ID()]; other != nil; other = other.alias {
 		if !r.shared() || !other.shared() {
-			rivals = append(rivals, other.holders...)
+			for _, h := range other.holders {
+				rivals = append(rivals, h.owner)
+			}
 		}
 	}
 	r.alias = t.files[lock.ID()]
@@ -116,30 +118,38 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 	return rivals, nil
 }
 
-// Strengthen tries once to make those locks exclusive that should be and are not, after a take-over that
-// could not keep them so. It returns how many are left.
-func (t *Table) Strengthen() (left int) {
+// Find returns the last acquisition of a resource by the owner with that pid, for an Undo that was
+// handed over; the zero value if there is none.
+func (t *Table) Find(lockspace, name string, pid int32) Hold {
 	t.mu.Lock()
-	var weak []*resource
-	for _, s := range t.spaces {
-		for _, r := range s.resources {
-			if r.phase == held && !r.shared() && r.lock.Mode() == filelock.Shared {
-				t.begin(r, acquiring)
-				weak = append(weak, r)
+	defer t.mu.Unlock()
+	if s := t.spaces[lockspace]; s != nil && s.resources[name] != nil {
+		for _, h := range slices.Backward(s.resources[name].holders) {
+			if h.owner.PID == pid {
+				return Hold{lockspace, name, h.serial}
 			}
 		}
 	}
-	t.mu.Unlock()
-	for _, r := range weak {
-		if r.lock.Strengthen() {
-			t.cfg.Logger.Warn("a lock is exclusive again", "path", r.space.path(r.name))
-		} else {
-			left++
+	return Hold{}
+}
+
+// Strengthen tries once to make those locks exclusive that should be and are not, after a take-over that
+// could not keep them so. It returns how many are left. Files on disks that may hang are left as they
+// are: shared, until they are released.
+func (t *Table) Strengthen() (left int) {
+	t.mu.Lock()
+	defer t.mu.Unlock() // held over fcntl(2) on local files, which does not block
+	for _, s := range t.spaces {
+		for _, r := range s.resources {
+			if r.phase != held || r.shared() || r.lock.Mode() == filelock.Exclusive || r.lock.Remote() {
+				continue
+			}
+			if r.lock.Strengthen() {
+				t.cfg.Logger.Warn("a lock is exclusive again", "path", s.path(r.name))
+			} else {
+				left++
+			}
 		}
-		t.mu.Lock()
-		r.phase = held
-		t.end(r)
-		t.mu.Unlock()
 	}
 	return left
 }

@@ -27,7 +27,7 @@ const (
 const (
 	// Neither has a limit in the C daemon; a client in a loop must find one.
 	maxLockspaces = 1 << 16
-	maxHolders    = 1 << 16 // of one shared resource
+	maxHolders    = 1 << 12 // of one shared resource
 )
 
 // A Locker takes locks on files. *filelock.Files is the one for the disks of this host.
@@ -63,12 +63,24 @@ type resource struct {
 	flags   uint32 // of the first acquisition
 	phase   phase
 	lock    *filelock.Lock
-	holders []*owner.Owner // an owner that acquired twice is listed twice
-	settled chan struct{}  // made by the first that waits for the end of a phase, closed then
-	alias   *resource      // next in Table.files: another name of the same file
+	holders []hold        // one for each acquisition
+	settled chan struct{} // made by the first that waits for the end of a phase, closed then
+	alias   *resource     // next in Table.files: another name of the same file
 }
 
 func (r *resource) shared() bool { return r.flags&Shared != 0 }
+
+// hold is one acquisition by an owner. The serial number is never used again.
+type hold struct {
+	owner  *owner.Owner
+	serial uint64
+}
+
+// Hold names one acquisition, so that just this one can be undone. The zero value names none.
+type Hold struct {
+	Lockspace, Resource string
+	serial              uint64
+}
 
 type space struct {
 	dir       string // "": the default lockspace
@@ -87,23 +99,26 @@ func (s *space) path(name string) string {
 type Table struct {
 	cfg Config
 
-	mu      sync.Mutex
-	spaces  map[string]*space
-	files   map[filelock.FileID]*resource // held ones by their file, see resource.alias
-	byOwner map[*owner.Owner][]*resource  // held ones, once for each entry in holders
-	held    int                           // names held
-	settles sync.Cond                     // signalled when a phase ends
-	retired bool                          // see Retire
-	busy    int                           // resources acquiring or releasing
+	mu       sync.Mutex
+	spaces   map[string]*space
+	files    map[filelock.FileID]*resource // held ones by their file, see resource.alias
+	byOwner  map[*owner.Owner][]*resource  // held ones, once for each entry in holders
+	deleting map[filelock.FileID]int       // files whose name is being removed: nobody acquires them meanwhile
+	serial   uint64                        // of the last hold
+	held     int                           // names held
+	settles  sync.Cond                     // signalled when a phase ends
+	retired  bool                          // see Retire
+	busy     int                           // resources acquiring or releasing
 }
 
 // New returns a table with the default lockspace.
 func New(cfg Config) *Table {
 	t := &Table{
-		cfg:     cfg,
-		spaces:  map[string]*space{"": {resources: map[string]*resource{}}},
-		files:   map[filelock.FileID]*resource{},
-		byOwner: map[*owner.Owner][]*resource{},
+		cfg:      cfg,
+		spaces:   map[string]*space{"": {resources: map[string]*resource{}}},
+		files:    map[filelock.FileID]*resource{},
+		byOwner:  map[*owner.Owner][]*resource{},
+		deleting: map[filelock.FileID]int{},
 	}
 	t.settles.L = &t.mu
 	return t
@@ -249,34 +264,36 @@ func (t *Table) find(req *Request) (*space, *resource, error) {
 //	same file?  held by us under another name that the kernel cannot know (a second device
 //	            node, a POSIX lock): shared with shared, else ErrLocked
 //
-// Errors: ErrNoLockspace, ErrLocked, ErrOwnerEnded, ErrEscapes, ErrTooMany, ErrGone, or the Locker's.
-func (t *Table) Acquire(req Request) error {
-	path, err := t.acquire(&req)
+// Errors: ErrNoLockspace, ErrLocked, ErrOwnerEnded, ErrEscapes, ErrTooMany, ErrRetired, ErrGone, or the
+// Locker's.
+func (t *Table) Acquire(req Request) (Hold, error) {
+	serial, path, err := t.acquire(&req)
 	if err != nil {
-		return &Error{Op: "acquire", Lockspace: req.Lockspace, Resource: req.Resource, Path: path, Err: err}
+		return Hold{}, &Error{Op: "acquire", Lockspace: req.Lockspace, Resource: req.Resource, Path: path, Err: err}
 	}
-	return nil
+	return Hold{req.Lockspace, req.Resource, serial}, nil
 }
 
-func (t *Table) acquire(req *Request) (path string, err error) {
+func (t *Table) acquire(req *Request) (serial uint64, path string, err error) {
 	t.mu.Lock()
 	s, r, err := t.find(req)
 	if err != nil {
 		t.mu.Unlock()
-		return "", err
+		return 0, "", err
 	}
 	path = s.path(req.Resource)
 	if t.retired {
 		t.mu.Unlock()
-		return path, ErrRetired
+		return 0, path, ErrRetired
 	}
 	if r != nil {
 		defer t.mu.Unlock()
-		return path, t.join(r, req)
+		serial, err = t.join(r, req)
+		return serial, path, err
 	}
 	if s.dir != "" && escapes(req.Resource) {
 		t.mu.Unlock()
-		return path, ErrEscapes
+		return 0, path, ErrEscapes
 	}
 	r = &resource{space: s, name: req.Resource, flags: req.Flags}
 	t.begin(r, acquiring)
@@ -293,10 +310,10 @@ func (t *Table) acquire(req *Request) (path string, err error) {
 	if err == nil {
 		r.lock = lock
 		if err = t.admissible(r, req.Owner); err == nil {
-			t.hold(r, req.Owner)
+			serial = t.hold(r, req.Owner)
 			t.end(r)
 			t.changed(1)
-			return path, nil
+			return serial, path, nil
 		}
 		// The lock is not kept: whoever holds the file under another name stays its only owner.
 		r.phase = releasing
@@ -307,7 +324,7 @@ func (t *Table) acquire(req *Request) (path string, err error) {
 	delete(s.resources, r.name)
 	t.end(r)
 	t.mu.Unlock()
-	return path, err
+	return 0, path, err
 }
 
 // escapes tells whether a name leads out of the directory it is joined to. Links inside the
@@ -317,17 +334,16 @@ func escapes(name string) bool {
 }
 
 // join adds an owner to a resource that is held. t.mu is held.
-func (t *Table) join(r *resource, req *Request) error {
+func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	switch {
 	case !r.shared() || req.Flags&Shared == 0:
-		return ErrLocked
+		return 0, ErrLocked
 	case req.Owner.Dead():
-		return ErrOwnerEnded
+		return 0, ErrOwnerEnded
 	case len(r.holders) >= maxHolders:
-		return ErrTooMany
+		return 0, ErrTooMany
 	}
-	t.addHolder(r, req.Owner)
-	return nil
+	return t.addHolder(r, req.Owner), nil
 }
 
 // admissible tells why a lock just taken can't be kept. t.mu is held.
@@ -335,7 +351,11 @@ func (t *Table) admissible(r *resource, o *owner.Owner) error {
 	if o.Dead() {
 		return ErrOwnerEnded
 	}
-	for other := t.files[r.lock.ID()]; other != nil; other = other.alias {
+	id := r.lock.ID()
+	if t.deleting[id] > 0 {
+		return ErrLocked
+	}
+	for other := t.files[id]; other != nil; other = other.alias {
 		if !r.shared() || !other.shared() {
 			return ErrLocked
 		}
@@ -344,24 +364,26 @@ func (t *Table) admissible(r *resource, o *owner.Owner) error {
 }
 
 // hold enters a resource whose lock was taken. t.mu is held.
-func (t *Table) hold(r *resource, o *owner.Owner) {
+func (t *Table) hold(r *resource, o *owner.Owner) (serial uint64) {
 	r.phase = held
 	id := r.lock.ID()
 	r.alias = t.files[id]
 	t.files[id] = r
-	t.addHolder(r, o)
 	t.held++
+	return t.addHolder(r, o)
 }
 
-func (t *Table) addHolder(r *resource, o *owner.Owner) {
+func (t *Table) addHolder(r *resource, o *owner.Owner) (serial uint64) {
 	o.Retain()
-	r.holders = append(r.holders, o)
+	t.serial++
+	r.holders = append(r.holders, hold{o, t.serial})
 	t.byOwner[o] = append(t.byOwner[o], r)
+	return t.serial
 }
 
 // dropHolder removes the i-th entry of r's holders. t.mu is held.
 func (t *Table) dropHolder(r *resource, i int) {
-	o := r.holders[i]
+	o := r.holders[i].owner
 	r.holders = slices.Delete(r.holders, i, i+1)
 	of := t.byOwner[o]
 	j := slices.Index(of, r)
@@ -401,28 +423,46 @@ func (t *Table) unlist(r *resource) {
 //
 // Errors: ErrNoLockspace, ErrNotLocked, ErrNotOwner, ErrGone.
 func (t *Table) Release(req Request, pid int32, local bool) error {
-	if err := t.releaseOne(&req, pid, local); err != nil {
-		return &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
-	}
-	return nil
+	return t.releaseOne(&req, func(r *resource) int {
+		// A process that we know before a mere number that is the same.
+		if local {
+			i := slices.IndexFunc(r.holders, func(h hold) bool { return h.owner.PID == pid && h.owner.Kind() != owner.Unverified })
+			if i >= 0 {
+				return i
+			}
+		}
+		return slices.IndexFunc(r.holders, func(h hold) bool { return h.owner.PID == pid && h.owner.Kind() == owner.Unverified })
+	})
 }
 
-func (t *Table) releaseOne(req *Request, pid int32, local bool) error {
+// Undo gives up one acquisition, if nobody has released it yet.
+//
+// Errors: as for Release.
+func (t *Table) Undo(h Hold) error {
+	return t.releaseOne(&Request{Lockspace: h.Lockspace, Resource: h.Resource}, func(r *resource) int {
+		return slices.IndexFunc(r.holders, func(held hold) bool { return held.serial == h.serial })
+	})
+}
+
+// releaseOne gives up the hold whose place which returns, with t.mu held.
+func (t *Table) releaseOne(req *Request, which func(*resource) int) error {
+	fail := func(err error) error {
+		return &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
+	}
 	t.mu.Lock()
 	_, r, err := t.find(req)
 	if err == nil && r == nil {
 		err = ErrNotLocked
 	}
+	i := -1
+	if err == nil {
+		if i = which(r); i < 0 {
+			err = ErrNotOwner
+		}
+	}
 	if err != nil {
 		t.mu.Unlock()
-		return err
-	}
-	i := slices.IndexFunc(r.holders, func(o *owner.Owner) bool {
-		return o.PID == pid && (local || o.Kind() == owner.Unverified)
-	})
-	if i < 0 {
-		t.mu.Unlock()
-		return ErrNotOwner
+		return fail(err)
 	}
 	t.dropHolder(r, i)
 	if len(r.holders) > 0 {
@@ -478,17 +518,27 @@ func (t *Table) Holds(o *owner.Owner) bool {
 // disk that hangs delays none of the others.
 func (t *Table) ReleaseOwner(o *owner.Owner) {
 	t.mu.Lock()
-	var last []*resource
-	for len(t.byOwner[o]) > 0 {
-		r := t.byOwner[o][0]
-		t.cfg.Logger.Info("lock released: its owner has ended", "path", r.space.path(r.name), "", o.Details())
-		t.dropHolder(r, slices.Index(r.holders, o))
+	var all, last []*resource
+	for _, r := range t.byOwner[o] {
+		n := len(r.holders)
+		r.holders = slices.DeleteFunc(r.holders, func(h hold) bool { return h.owner == o })
+		if n == len(r.holders) {
+			continue // for the second time here
+		}
+		for range n - len(r.holders) {
+			o.Release()
+		}
+		all = append(all, r)
 		if len(r.holders) == 0 {
 			t.begin(r, releasing)
 			last = append(last, r)
 		}
 	}
+	delete(t.byOwner, o)
 	t.mu.Unlock()
+	for _, r := range all {
+		t.cfg.Logger.Info("lock released: its owner has ended", "path", r.space.path(r.name), "", o.Details())
+	}
 	t.giveUpAll(last)
 }
 
@@ -521,11 +571,26 @@ func (t *Table) Create(req Request) error {
 // Errors: as for Create; ErrLocked also where we hold the file under another name.
 func (t *Table) Delete(req Request) error {
 	return t.onFile("delete", &req, func(path string) error {
-		return t.cfg.Locker.Delete(path, func(id filelock.FileID) bool {
+		var found []filelock.FileID
+		err := t.cfg.Locker.Delete(path, func(id filelock.FileID) bool {
 			t.mu.Lock()
 			defer t.mu.Unlock()
-			return t.files[id] != nil
+			if t.files[id] != nil {
+				return true
+			}
+			// Until the name is gone nobody acquires the file under another one.
+			t.deleting[id]++
+			found = append(found, id)
+			return false
 		})
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		for _, id := range found {
+			if t.deleting[id]--; t.deleting[id] == 0 {
+				delete(t.deleting, id)
+			}
+		}
+		return err
 	})
 }
 
@@ -595,9 +660,9 @@ func (t *Table) abandon() []*resource {
 			if r.phase != held {
 				continue
 			}
-			for _, o := range r.holders {
+			for _, h := range r.holders {
 				t.cfg.Logger.Warn("lock given up because the daemon stops; the guest goes on without protection",
-					"path", s.path(r.name), "", o.Details())
+					"path", s.path(r.name), "", h.owner.Details())
 			}
 			for len(r.holders) > 0 {
 				t.dropHolder(r, 0)

@@ -82,7 +82,7 @@ func newFixture(t *testing.T) *fixture {
 	f.owners = owner.NewRegistry(owner.Config{Poller: p, Logger: log, Died: f.Table.ReleaseOwner})
 	t.Cleanup(func() {
 		f.Table.Close()
-		if n := len(f.Table.files) + len(f.Table.byOwner) + f.Table.held + f.Table.busy; n != 0 {
+		if n := len(f.Table.files) + len(f.Table.byOwner) + len(f.Table.deleting) + f.Table.held + f.Table.busy; n != 0 {
 			t.Errorf("the table is not empty after Close: %+v", f.Table)
 		}
 		f.owners.Close()
@@ -113,7 +113,12 @@ func (f *fixture) touch(name string) string {
 }
 
 func (f *fixture) acquire(name string, flags uint32, o *owner.Owner) error {
-	return f.Table.Acquire(Request{Resource: name, Flags: flags, Owner: o})
+	return f.take(Request{Resource: name, Flags: flags, Owner: o})
+}
+
+func (f *fixture) take(req Request) error {
+	_, err := f.Table.Acquire(req)
+	return err
 }
 
 func (f *fixture) release(name string, o *owner.Owner) error {
@@ -221,7 +226,7 @@ func TestLockspaces(t *testing.T) {
 	f := newFixture(t)
 	dir := f.path("a/b/leases")
 	f.want("no lockspace", f.Table.Lookup(dir), ErrNoLockspace)
-	f.want("acquire without lockspace", f.Table.Acquire(Request{Lockspace: dir, Resource: "x"}), ErrNoLockspace)
+	f.want("acquire without lockspace", f.take(Request{Lockspace: dir, Resource: "x"}), ErrNoLockspace)
 	f.want("new", f.Table.Add(dir), nil)
 	f.want("new again", f.Table.Add(dir), ErrExists)
 	f.want("the default one", f.Table.Add(""), ErrDefaultExists)
@@ -232,12 +237,12 @@ func TestLockspaces(t *testing.T) {
 	lease := filepath.Join(dir, "lease")
 	for _, name := range []string{"..", "../x", "x/../../y", "/.."} {
 		req := Request{Lockspace: dir, Resource: name, Flags: AutoCreate, Owner: o}
-		f.want("acquire "+name, f.Table.Acquire(req), ErrEscapes)
+		f.want("acquire "+name, f.take(req), ErrEscapes)
 		f.want("create "+name, f.Table.Create(req), ErrEscapes)
 		f.want("delete "+name, f.Table.Delete(req), ErrEscapes)
 	}
 	req := Request{Lockspace: dir, Resource: "lease", Flags: AutoCreate, Owner: o}
-	f.want("acquire", f.Table.Acquire(req), nil)
+	f.want("acquire", f.take(req), nil)
 	f.want("create a held one", f.Table.Create(req), ErrLocked)
 	f.want("delete a held one", f.Table.Delete(req), ErrLocked)
 	f.want("delete it by another name", f.Table.Delete(Request{Resource: lease}), filelock.ErrLocked)
@@ -296,7 +301,7 @@ func TestDeathReleases(t *testing.T) {
 	lease := Request{Lockspace: f.path("leases"), Resource: "lease", Flags: AutoCreate, Owner: o}
 	f.want("new", f.Table.Add(lease.Lockspace), nil)
 	f.want("disk", f.acquire(disk, 0, o), nil)
-	f.want("lease", f.Table.Acquire(lease), nil)
+	f.want("lease", f.take(lease), nil)
 	f.want("shared", f.acquire(shared, Shared, o), nil)
 	f.want("shared twice", f.acquire(shared, Shared, o), nil) // W8: none of them stays
 	f.want("shared by another", f.acquire(shared, Shared, other), nil)
@@ -333,7 +338,7 @@ func TestHangingDisk(t *testing.T) {
 	impatient := client{done: make(chan struct{})}
 	third := make(chan error, 1)
 	go func() {
-		third <- f.Table.Acquire(Request{Resource: hung, Owner: b, Client: impatient})
+		third <- f.take(Request{Resource: hung, Owner: b, Client: impatient})
 	}()
 
 	f.want("another disk", f.acquire(fine, 0, b), nil)
@@ -360,6 +365,71 @@ func TestHangingDisk(t *testing.T) {
 type client struct{ done chan struct{} }
 
 func (c client) Done() <-chan struct{} { return c.done }
+
+// An acquisition is undone by itself, whoever else holds the resource under the same number.
+func TestUndo(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	disk := f.touch("disk")
+	process, kill := f.process()
+	number, err := f.owners.Named(&owner.Details{PID: process.PID}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req := Request{Resource: disk, Flags: Shared}
+	req.Owner = process
+	f.want("the process", f.take(req), nil)
+	req.Owner = number
+	hold, err := f.Table.Acquire(req)
+	f.want("the number", err, nil)
+	f.want("undo", f.Table.Undo(hold), nil)
+	if f.Table.Holds(number) || !f.Table.Holds(process) {
+		t.Error("the wrong hold was undone")
+	}
+	f.want("undo again", f.Table.Undo(hold), ErrNotOwner)
+	// A release by a client of ours means the process.
+	f.want("the number again", f.take(req), nil)
+	f.want("release", f.Table.Release(req, process.PID, true), nil)
+	if !f.Table.Holds(number) || f.Table.Holds(process) {
+		t.Error("the wrong hold was released")
+	}
+	f.want("release by a stranger", f.Table.Release(req, process.PID, false), nil)
+	kill()
+	process.Release()
+	number.Release()
+}
+
+// While a name is being deleted nobody acquires the file under another one.
+func TestDeleteAgainstAlias(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	disk, hard := f.touch("disk"), f.path("hard")
+	if err := os.Link(disk, hard); err != nil {
+		t.Fatal(err)
+	}
+	o := f.number()
+	var during error
+	f.Table.cfg.Locker = deleter{f.gate, func() { during = f.acquire(hard, 0, o) }}
+	f.want("delete", f.Table.Delete(Request{Resource: disk}), nil)
+	f.want("acquire meanwhile", during, ErrLocked)
+	f.want("acquire afterwards", f.acquire(hard, 0, o), nil)
+	f.want("release", f.release(hard, o), nil)
+	o.Release()
+}
+
+// deleter does something between the question whether a file is held and its removal.
+type deleter struct {
+	*gate
+	between func()
+}
+
+func (d deleter) Delete(path string, held func(filelock.FileID) bool) error {
+	return d.gate.Delete(path, func(id filelock.FileID) bool {
+		is := held(id)
+		d.between()
+		return is
+	})
+}
 
 // Many owners and names at once: never two exclusive holders, and nothing is left in the end.
 func TestRandomly(t *testing.T) {
@@ -434,7 +504,7 @@ func TestClose(t *testing.T) {
 	disk, slow := f.touch("disk"), f.touch("slow")
 	lease := Request{Lockspace: f.path("leases"), Resource: "lease", Flags: AutoCreate, Owner: o}
 	f.want("new", f.Table.Add(lease.Lockspace), nil)
-	f.want("lease", f.Table.Acquire(lease), nil)
+	f.want("lease", f.take(lease), nil)
 	f.want("disk", f.acquire(disk, 0, o), nil)
 	open := f.gate.hold(slow)
 	acquired := make(chan error, 1)
@@ -442,6 +512,7 @@ func TestClose(t *testing.T) {
 	<-f.gate.reached
 	closed := make(chan struct{})
 	go func() { f.Table.Close(); close(closed) }()
+	f.eventually("Close has given up what it could and waits", func() bool { return f.Held() == 0 })
 	open()
 	f.want("the slow one", <-acquired, nil)
 	<-closed

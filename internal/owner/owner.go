@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -117,15 +118,16 @@ type Registry struct {
 	run sync.WaitGroup
 
 	mu      sync.Mutex
-	byPID   map[int32]*Owner // with a process that lives
-	numbers map[int32]*Owner // unverified
-	placed  []*Owner         // while frozen: the snapshot
+	byPID   map[int32]*Owner    // with a process that lives
+	numbers map[int32]*Owner    // unverified
+	lately  map[int32]time.Time // numbers of processes that have ended, see remember
+	placed  []*Owner            // while frozen: the snapshot
 }
 
 // NewRegistry returns an empty one.
 func NewRegistry(cfg Config) *Registry {
 	ctx, end := context.WithCancel(context.Background())
-	return &Registry{cfg: cfg, ctx: ctx, end: end, byPID: map[int32]*Owner{}, numbers: map[int32]*Owner{}}
+	return &Registry{cfg: cfg, ctx: ctx, end: end, byPID: map[int32]*Owner{}, numbers: map[int32]*Owner{}, lately: map[int32]time.Time{}}
 }
 
 // Close ends kill sequences that are under way, without another signal, and returns when
@@ -144,8 +146,8 @@ func (r *Registry) Self(d *Details, pidfd int) (*Owner, error) {
 // Named returns the owner that another process speaks for. local says that this process is in
 // our pid namespace, so that the number means something. Release it when done.
 //
-// Errors: ErrDead, or what pidfd_open says but for "no such process", which makes
-// an unverified owner.
+// Errors: ErrDead, also for an owner that has ended lately, or what pidfd_open says but for "no such
+// process", which makes an unverified owner.
 func (r *Registry) Named(d *Details, local bool) (*Owner, error) {
 	if !local || d.PID <= 0 {
 		return r.number(d), nil
@@ -169,6 +171,9 @@ func (r *Registry) Named(d *Details, local bool) (*Owner, error) {
 	p, err := openProcess(d.PID)
 	if err != nil {
 		if noSuchProcess(err) {
+			if r.endedLately(d.PID) {
+				return nil, ErrDead
+			}
 			return r.number(d), nil
 		}
 		return nil, fmt.Errorf("cannot watch process %d, the owner of domain %q: %w", d.PID, d.Name, err)
@@ -272,9 +277,36 @@ func (r *Registry) ended(o *Owner) {
 	o.proc.dead.Store(true)
 	delete(r.byPID, o.PID)
 	close(o.died)
+	r.remember(o.PID)
 	r.mu.Unlock()
 	r.cfg.Died(o)
 	o.Release()
+}
+
+// An owner that has just ended is still named by a libvirtd that does not know it yet. Held for a mere
+// number, a lock would be nobody's.
+const (
+	rememberFor = time.Minute
+	rememberMax = 4096
+)
+
+// remember notes that the process of that number has ended. r.mu is held.
+func (r *Registry) remember(pid int32) {
+	now := time.Now()
+	if len(r.lately) >= rememberMax {
+		maps.DeleteFunc(r.lately, func(_ int32, at time.Time) bool { return now.Sub(at) > rememberFor })
+	}
+	if len(r.lately) < rememberMax {
+		r.lately[pid] = now
+	}
+}
+
+// endedLately tells whether the number was an owner's that has ended not long ago.
+func (r *Registry) endedLately(pid int32) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	at, ok := r.lately[pid]
+	return ok && time.Since(at) <= rememberFor
 }
 
 // HangUp applies the kill rule: the connection of a verified owner was closed by its peer

@@ -132,6 +132,10 @@ func TestWatchedOwnerDies(t *testing.T) {
 		t.Errorf("a dead process registered: %v", err)
 	}
 	o.Release()
+	// Its number is nobody's now. A libvirtd that does not know yet gets no lock for it.
+	if _, err := r.Named(details(cmd), true); !errors.Is(err, ErrDead) {
+		t.Errorf("somebody spoke for an owner that has ended: %v", err)
+	}
 }
 
 // pidfdOfDead returns a pidfd whose process has ended, as one that was taken at accept can be.
@@ -235,7 +239,9 @@ func TestCloseKillsNobody(t *testing.T) {
 	o := self(t, r, cmd)
 	r.HangUp(o)
 	r.Close()
-	if o.proc.ended() {
+	// Long enough for a sequence that goes on to kill it.
+	fds := []unix.PollFd{{Fd: int32(o.proc.fd), Events: unix.POLLIN}}
+	if n, _ := unix.Poll(fds, int((killAfter + time.Second).Milliseconds())); n != 0 {
 		t.Error("the guest was ended")
 	}
 	o.Release()
