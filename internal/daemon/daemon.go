@@ -69,9 +69,6 @@ const (
 	serverTime = 2 * time.Second
 	// flushTime bounds the wait for log outputs that are slow to take the last lines.
 	flushTime = time.Second
-
-	// maxLockMessage is more than any request of the lock protocol needs: two strings of 64 KiB.
-	maxLockMessage = 256 << 10
 )
 
 // Names of the two servers, as virt-admin shows them.
@@ -341,7 +338,7 @@ func (d *daemon) start(fault error) (err error) {
 		Setting:    "max_clients",
 		MaxClients: settings.MaxClients,
 		MaxUnauth:  settings.MaxClients,
-		MaxMessage: maxLockMessage,
+		MaxMessage: lockproto.MaxMessage,
 		AllowUID:   d.paths.uid,
 		Programs:   []rpc.Program{d.locks},
 		Logger:     d.category("rpc.netserver"),
@@ -473,10 +470,11 @@ func (d *daemon) reload() {
 		d.lock.SetLimits(rpc.Limits{MaxClients: settings.MaxClients, MaxUnauth: settings.MaxClients})
 		d.admin.SetLimits(rpc.Limits{MaxClients: settings.AdminMaxClients, MaxUnauth: settings.AdminMaxClients})
 	}
-	if err := d.logs.Reopen(); err != nil {
-		d.log.Error("SIGHUP: a log file can't be opened anew", "error", err)
+	if again := d.logs.Reopen(); again != nil {
+		d.log.Error("SIGHUP: a log file can't be opened anew", "error", again)
+	} else if err == nil {
+		d.log.Info("SIGHUP: configuration read, log files opened anew")
 	}
-	d.log.Info("SIGHUP: configuration read, log files opened anew")
 }
 
 // shutdown is what the admin protocol's call of that name asks for. Unlike a signal it doesn't give up
@@ -577,7 +575,12 @@ func (d *daemon) serve() (code int, ended bool) {
 		}
 		if err := l.server.Listen(l.socket.fd); err != nil {
 			err = &startError{exitNetwork, fmt.Errorf("cannot serve socket '%s': %w", l.socket.path, err)}
+			if d.upgrades > 0 || d.table.Held() > 0 {
+				d.log.Error("live upgrade: new clients have to wait for a restart; locks are kept", "error", err)
+				continue
+			}
 			d.complain(err)
+			d.waiting.report(exitCode(err), err.Error())
 			return exitCode(err), d.stop()
 		}
 	}
@@ -612,6 +615,9 @@ func (d *daemon) serve() (code int, ended bool) {
 		case <-d.asked:
 			d.log.Info("the daemon ends, as an administrator asks for")
 		case <-d.idle.expired:
+			if d.table.Retire() > 0 {
+				continue // somebody was faster; from here on nobody is
+			}
 			d.log.Info("the daemon ends: nobody has needed it for the time of --timeout")
 		case err := <-failed:
 			d.log.Error("the daemon ends: it can't wait for clients any more", "error", err)

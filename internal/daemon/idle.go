@@ -14,18 +14,26 @@ type idler struct {
 	busy    func() bool
 	timeout atomic.Int64 // nanoseconds, 0: never
 	changes chan struct{}
-	expired chan struct{} // closed when the time is up
+	expired chan struct{} // gets a value when the time is up
 }
 
 // newIdler makes one that does nothing until Run. busy must not block.
 func newIdler(timeout time.Duration, busy func() bool) *idler {
-	i := &idler{busy: busy, changes: make(chan struct{}, 1), expired: make(chan struct{})}
+	i := &idler{busy: busy, changes: make(chan struct{}, 1), expired: make(chan struct{}, 1)}
 	i.timeout.Store(int64(timeout))
 	return i
 }
 
-// changed says that busy may answer otherwise now. It never blocks.
+// changed says that busy may answer otherwise now. It never blocks. Changes come with nearly every request, and
+// waking run costs more than the request, so that is left out where no time is to be kept.
 func (i *idler) changed() {
+	if i.timeout.Load() > 0 {
+		i.look()
+	}
+}
+
+// look wakes run.
+func (i *idler) look() {
 	select {
 	case i.changes <- struct{}{}:
 	default: // the look that is due will see this change as well
@@ -35,13 +43,14 @@ func (i *idler) changed() {
 // setTimeout changes the time; 0 is never. The time starts anew.
 func (i *idler) setTimeout(d time.Duration) {
 	i.timeout.Store(int64(d))
-	i.changed()
+	i.look()
 }
 
 // timeoutSeconds returns the time in force.
 func (i *idler) timeoutSeconds() uint32 { return uint32(i.timeout.Load() / int64(time.Second)) }
 
-// run watches until the time is up or ctx ends.
+// run watches until ctx ends. Whoever hears that the time is up looks himself whether somebody has
+// come in that moment; if so, the time starts anew with the next change.
 func (i *idler) run(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -60,8 +69,10 @@ func (i *idler) run(ctx context.Context) {
 		case <-timer.C:
 			// A client that has come in this very moment is served.
 			if i.timeout.Load() > 0 && !i.busy() {
-				close(i.expired)
-				return
+				select {
+				case i.expired <- struct{}{}:
+				default: // said already
+				}
 			}
 		}
 	}

@@ -3,9 +3,10 @@
 package daemon
 
 import (
-	"fmt"
+	"errors"
 	"os"
 	"os/signal"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -26,8 +27,7 @@ type signals struct {
 // catchSignals is called first of all, so that a signal during the start is neither lost nor deadly.
 func catchSignals() *signals {
 	s := &signals{stop: make(chan os.Signal, 1), reload: make(chan os.Signal, 1), upgrade: make(chan os.Signal, 1)}
-	signal.Notify(s.stop, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
-	s.catchOthers()
+	s.catch()
 	// What a stray kill(1), a timer that we inherited or a closed pipe can send: none of them may
 	// cost a lock.
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGVTALRM, syscall.SIGIO,
@@ -35,63 +35,93 @@ func catchSignals() *signals {
 	return s
 }
 
-func (s *signals) catchOthers() {
+func (s *signals) catch() {
+	signal.Notify(s.stop, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
 	signal.Notify(s.reload, syscall.SIGHUP)
 	signal.Notify(s.upgrade, syscall.SIGUSR1)
 }
 
-// heldBack are the signals that mean something to a daemon. Others stay as they are: the Go run-time
-// needs some of them for itself.
-var heldBack = []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1,
-	syscall.SIGUSR2, syscall.SIGALRM}
+// errReload says that a SIGHUP is to be worked off first.
+var errReload = errors.New("the configuration is being read again")
 
-// block holds signals back on this thread, to which the goroutine is locked, until unblock. Those that are pending then
-// outlive execve(2), as the mask does, and so reach the next binary.
-func (*signals) block() (unblock func(), err error) {
-	var mask, old unix.Sigset_t
-	for _, s := range heldBack {
-		width := uint(unsafe.Sizeof(mask.Val[0])) * 8
-		mask.Val[uint(s-1)/width] |= 1 << (uint(s-1) % width)
+// prepareExec sees to it that no signal is deadly until the next binary has its handlers, but for those that ask for the end.
+// The goroutine is locked to its thread. If exec fails, undo.
+//
+//	SIGUSR1   is held back, and then pending for a binary of ours; the C daemon would leave it blocked, so there it is ignored
+//	SIGHUP,   are ignored, since the Go run-time of the next binary neither holds them back nor survives them. It reads its
+//	SIGINT    configuration anyway
+//	SIGTERM   ends the process at once, from here on until the next binary has its handlers: the Go run-time does not
+//	          hold it back either, and to lose it would be worse
+//
+// An error says that something has come that is to be worked off here.
+func (s *signals) prepareExec(ours bool) (undo func(), err error) {
+	var undone []func()
+	undo = func() {
+		for _, f := range slices.Backward(undone) {
+			f()
+		}
 	}
+	var mask, old unix.Sigset_t
+	if ours {
+		width := uint(unsafe.Sizeof(mask.Val[0])) * 8
+		mask.Val[uint(unix.SIGUSR1-1)/width] |= 1 << (uint(unix.SIGUSR1-1) % width)
+		signal.Ignore(syscall.SIGHUP, syscall.SIGINT)
+	} else {
+		signal.Ignore(syscall.SIGHUP, syscall.SIGUSR1)
+	}
+	undone = append(undone, s.catch)
 	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &mask, &old); err != nil {
+		undo()
 		return nil, os.NewSyscallError("pthread_sigmask", err)
 	}
-	return func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }, nil
-}
+	undone = append(undone, func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) })
 
-// passOn sends what other threads have received and nobody has worked off to this thread, which holds it back. A
-// signal that asks for the end is an error: that comes first.
-func (s *signals) passOn() error {
 	// Stop returns when what the kernel has delivered has arrived in the channels.
 	idle := make(chan os.Signal, 1)
-	signal.Notify(idle, syscall.SIGHUP)
+	signal.Notify(idle, syscall.SIGUSR2)
 	signal.Stop(idle)
-	if len(s.stop) > 0 {
-		return errEnding
+	signal.Ignore(syscall.SIGUSR2)
+	restore, err := defaultAction(syscall.SIGTERM)
+	if err != nil {
+		undo()
+		return nil, err
 	}
-	for _, pending := range []struct {
-		signal syscall.Signal
-		yes    bool
-	}{
-		{syscall.SIGHUP, len(s.reload) > 0 || s.reloading.Load()},
-		{syscall.SIGUSR1, len(s.upgrade) > 0},
-	} {
-		if !pending.yes {
-			continue
-		}
-		if err := unix.Tgkill(os.Getpid(), unix.Gettid(), pending.signal); err != nil {
-			return fmt.Errorf("pass %v on: %w", pending.signal, os.NewSyscallError("tgkill", err))
-		}
+	undone = append(undone, restore)
+	switch {
+	case len(s.stop) > 0:
+		err = errEnding
+	case len(s.reload) > 0 || s.reloading.Load():
+		err = errReload
+	case len(s.upgrade) > 0 && ours:
+		// Another one was asked for meanwhile, perhaps with another binary.
+		err = os.NewSyscallError("tgkill", unix.Tgkill(os.Getpid(), unix.Gettid(), unix.SIGUSR1))
 	}
-	return nil
+	if err != nil {
+		undo()
+		return nil, err
+	}
+	return undo, nil
 }
 
-// ignoreOthers is for the C daemon, which would leave signals blocked for ever: those that would end it before it
-// has handlers are lost. SIGHUP would end it at any time.
-func (s *signals) ignoreOthers() (undo func()) {
-	signal.Ignore(syscall.SIGUSR1, syscall.SIGHUP)
-	return s.catchOthers
+// defaultAction gives a signal its default action behind the back of the run-time, which would not. undo gives it back.
+func defaultAction(sig syscall.Signal) (undo func(), err error) {
+	// struct sigaction of the kernel, whatever its members' order: zeros are SIG_DFL. No architecture's is larger.
+	var act, old [8]uint64
+	set := func(act, old *[8]uint64) error {
+		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(act)), uintptr(unsafe.Pointer(old)), kernelSigset, 0, 0)
+		if errno != 0 {
+			return os.NewSyscallError("rt_sigaction", errno)
+		}
+		return nil
+	}
+	if err := set(&act, &old); err != nil {
+		return nil, err
+	}
+	return func() { _ = set(&old, nil) }, nil
 }
+
+// kernelSigset is the size of the kernel's signal set, in bytes: 64 signals everywhere but on MIPS, which has no KVM hosts.
+const kernelSigset = 8
 
 // release gives the signals their default actions back.
 func (*signals) release() { signal.Reset() }

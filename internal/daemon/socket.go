@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -163,6 +164,7 @@ func openSockets(p paths, passed []systemd.Descriptor) (s sockets, err error) {
 	if len(passed) > 0 {
 		return adoptSockets(p, passed)
 	}
+	defer serialize(p.runDir)()
 	if s.lock, err = bindSocket(p.lockSocket); err != nil {
 		return sockets{}, err
 	}
@@ -172,6 +174,22 @@ func openSockets(p paths, passed []systemd.Descriptor) (s sockets, err error) {
 		return sockets{}, err
 	}
 	return s, nil
+}
+
+// serialize keeps two instances that start in the same moment, with pid files of their own, from taking each
+// other's new socket for a stale one. It returns what ends that. Whoever may read the directory may lock it
+// too, so it is not waited for long, and not depended on.
+func serialize(dir string) (end func()) {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return func() {} // bind says it, if it matters
+	}
+	for deadline := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		if err != unix.EWOULDBLOCK && err != unix.EINTR || time.Now().After(deadline) {
+			return func() { unix.Close(fd) }
+		}
+	}
 }
 
 // adoptSockets finds out which of the passed descriptors is which: by its name or, if that says

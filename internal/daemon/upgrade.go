@@ -112,21 +112,22 @@ func (d *daemon) handOver(next *successor) {
 	defer d.tellSystemd("READY=1") // not reached after exec: the new binary says it
 	var err error
 	for try := 1; ; try++ {
-		err = d.frozen(func(s *state.Snapshot) error { return d.replace(next, s, try == halfTries) })
-		if !errors.Is(err, errHalf) {
+		err = d.frozen(func(s *state.Snapshot) error { return d.replace(next, s, try == maxTries) })
+		if try == maxTries || !errors.Is(err, errHalf) && !errors.Is(err, errReload) {
 			break
 		}
-		time.Sleep(halfPause)
+		time.Sleep(retryPause)
 	}
 	d.upgradeFailed(err)
 }
 
-// The C daemon can't be given the half of a message. Mostly the other half comes at once.
+// What keeps us from handing over at this very instant is mostly over in the next one.
 const (
-	halfTries = 5
-	halfPause = 20 * time.Millisecond
+	maxTries   = 5
+	retryPause = 20 * time.Millisecond
 )
 
+// errHalf says that the C daemon, which can't be given the half of a message, has to wait for the rest.
 var errHalf = errors.New("a message is half received or half sent")
 
 // flushLogs gives log outputs time to write what they have. One that is stuck loses it, as it does
@@ -150,8 +151,8 @@ func monotonic() int64 {
 	return t.Nano()
 }
 
-// findBinary looks for the program as execvp(3) does with argv[0], like the C daemon. Where that finds nothing, as with a
-// relative name after a change of directory, the file that we run from is taken.
+// findBinary looks for the program as execvp(3) does with argv[0], like the C daemon. Where a name that is not absolute leads to
+// nothing, as after a change of PATH, the file that we run from is taken.
 func (d *daemon) findBinary() (string, error) {
 	name := os.Args[0]
 	if strings.Contains(name, "/") && !filepath.IsAbs(name) {
@@ -160,6 +161,9 @@ func (d *daemon) findBinary() (string, error) {
 	path, err := exec.LookPath(name)
 	if err == nil {
 		return filepath.Abs(path)
+	}
+	if filepath.IsAbs(name) {
+		return "", fmt.Errorf("there is no program to go on with: %w", err)
 	}
 	self, selfErr := os.Executable()
 	if selfErr == nil {
@@ -201,7 +205,7 @@ func ask(ctx context.Context, path string) (state.Reader, error) {
 	}
 	lines := bufio.NewScanner(bytes.NewReader(answer))
 	if !lines.Scan() || !strings.Contains(lines.Text(), " (libvirt) ") {
-		return fail(fmt.Errorf("asked for --version it says %.80q", answer))
+		return fail(fmt.Errorf("asked for --version it says '%.80s'", bytes.TrimSpace(answer)))
 	}
 	if lines.Scan() && strings.HasPrefix(lines.Text(), buildinfo.Product) {
 		return state.Ours, nil
@@ -336,19 +340,18 @@ func (d *daemon) unlinksSocket(fd int) bool {
 //
 // errHalf: the C daemon has to wait for the rest of a message, unless cut allows to cut it off.
 func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err error) {
-	target, reader := next.path, next.reader
 	var copies []int // of files in cells, which the C daemon knows nothing of
 	defer func() {
 		for _, fd := range copies {
 			unix.Close(fd)
 		}
 	}()
-	if reader == state.C {
+	if next.reader == state.C {
 		if copies, err = d.digest(s, cut); err != nil {
 			return err
 		}
 	}
-	data, err := state.Encode(s, reader)
+	data, err := state.Encode(s, next.reader)
 	if err != nil {
 		return err
 	}
@@ -361,18 +364,17 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 		}
 	}()
 	d.log.Info("live upgrade: everything is written, the new binary takes over",
-		"binary", target, "locks", countLocks(s), "clients", len(s.Lock.Clients)+len(s.Admin.Clients), "bytes", len(data))
+		"binary", next.path, "locks", countLocks(s), "clients", len(s.Lock.Clients)+len(s.Admin.Clients), "bytes", len(data))
 	d.flushLogs(lastFlush)
 
 	// A child that is forked from here on would keep locks alive.
 	syscall.ForkLock.Lock()
 	defer syscall.ForkLock.Unlock()
-	fds := descriptors(s, reader)
+	fds := descriptors(s, next.reader)
 	if err := inheritable(fds, true); err != nil {
 		return errors.Join(err, inheritable(fds, false))
 	}
-	err = d.execute(target, reader)
-	return errors.Join(fmt.Errorf("cannot run %s: %w", target, err), inheritable(fds, false))
+	return errors.Join(d.execute(next), inheritable(fds, false))
 }
 
 func countLocks(s *state.Snapshot) int {
@@ -470,27 +472,19 @@ func inheritable(fds []int32, yes bool) error {
 	return errors.Join(errs...)
 }
 
-// execute runs the new binary in this process, with our arguments and environment. Until that has its handlers
-// in place, signals must neither be lost nor deadly.
-func (d *daemon) execute(target string, reader state.Reader) error {
+// execute runs the new binary in this process, with our arguments and environment.
+func (d *daemon) execute(next *successor) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	if reader == state.C {
-		defer d.signals.ignoreOthers()()
-	} else {
-		unblock, err := d.signals.block()
-		if err != nil {
-			return err
-		}
-		defer unblock()
+	undo, err := d.signals.prepareExec(next.reader == state.Ours)
+	if err != nil {
+		return err
 	}
+	defer undo()
 	if len(d.asked) > 0 {
 		return errEnding
 	}
-	if err := d.signals.passOn(); err != nil {
-		return err
-	}
-	return os.NewSyscallError("execve", syscall.Exec(target, os.Args, os.Environ()))
+	return fmt.Errorf("cannot run %s: %w", next.path, os.NewSyscallError("execve", syscall.Exec(next.path, os.Args, os.Environ())))
 }
 
 // saveLogSettings notes what was changed at run time, by the admin protocol.

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -64,7 +65,8 @@ const (
 type machine struct {
 	*host.Host
 	*host.Daemon
-	t testing.TB
+	t       testing.TB
+	options host.Options
 
 	mu   sync.Mutex
 	said []string // to systemd
@@ -105,8 +107,16 @@ func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine
 	o.Argv0 = cmp.Or(o.Argv0, link)
 	o.Config = "log_level = 2\nlog_filters = \"4:lock_daemon_dispatch\"\n" + o.Config
 	o.Env = append(o.Env, "NOTIFY_SOCKET="+notify)
+	m.options = o
 	m.Daemon = h.Start(binary, o)
 	return m
+}
+
+// again starts another daemon, with the same options, when the one before has ended.
+func (m *machine) again(binary string) {
+	m.t.Helper()
+	m.turn(binary)
+	m.Daemon = m.Start(binary, m.options)
 }
 
 // turn makes the link lead to a binary.
@@ -252,6 +262,27 @@ func eventually(t testing.TB, what string, cond func() bool) {
 	if !host.Eventually(cond) {
 		t.Fatalf("never: %s", what)
 	}
+}
+
+func itoa(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
+
+// limit asks for the number of clients that the lock server may have.
+func limit(t testing.TB, admin *wire.Conn) uint32 {
+	t.Helper()
+	m, err := admin.Call(wire.ProcAdminGetLimits, wire.Payload(nil).String(wire.LockServer).Uint32(0))
+	must(t, err)
+	must(t, m.Err())
+	r := wire.NewReader(m.Payload)
+	for n := r.Uint32(); n > 0; n-- {
+		// A typed parameter: its name, its type, and, for all there are here, 32 bits.
+		name := r.String()
+		r.Uint32()
+		if v := r.Uint32(); name == "nclients_max" {
+			return v
+		}
+	}
+	t.Fatalf("no limit in %x", m.Payload)
+	return 0
 }
 
 // command returns this test binary as a process on the host that plays a part.

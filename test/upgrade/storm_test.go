@@ -213,12 +213,28 @@ func (l *load) sluggish(c *wire.Conn, serial uint32) error {
 	return errors.Join(err, <-sent)
 }
 
+func (m *machine) newLoad() *load {
+	ctx, stop := context.WithCancel(context.Background())
+	m.t.Cleanup(stop)
+	return &load{m: m, ctx: ctx, stop: stop}
+}
+
+// startPairs starts clients that acquire and release.
+func (m *machine) startPairs(n int) *load {
+	m.t.Helper()
+	l := m.newLoad()
+	for k := range n {
+		l.client(fmt.Sprint("pairs ", k), func(c *wire.Conn, i int) error {
+			return errors.Join(registered(c, i, k), l.pair(c, fmt.Sprint(host.Data, "/load", k)))
+		})
+	}
+	return l
+}
+
 // startLoad starts 64 clients of all kinds.
 func (m *machine) startLoad() *load {
 	m.t.Helper()
-	ctx, stop := context.WithCancel(context.Background())
-	l := &load{m: m, ctx: ctx, stop: stop}
-	m.t.Cleanup(stop)
+	l := m.newLoad()
 	number := 0
 	many := func(n int, name string, work func(c *wire.Conn, i, number int, path string) error) {
 		for range n {
@@ -258,7 +274,7 @@ func (m *machine) startLoad() *load {
 		must(m.t, err)
 		l.clients.Go(func() {
 			defer admin.Close()
-			for ctx.Err() == nil {
+			for l.ctx.Err() == nil {
 				now, err := admin.AdminClients(wire.LockServer)
 				if err != nil {
 					m.t.Errorf("administrator: %v", err)

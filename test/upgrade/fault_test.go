@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package upgrade
+
+import (
+	"encoding/binary"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/test/host"
+	"virtlockd/test/wire"
+)
+
+const bad = "/tmp/bin/bad" // the binary of a test that is none
+
+// script is a program that answers --version as ours does, and then something else.
+func script(answer string) string { return "#!/bin/sh\n" + answer + "\n" }
+
+const version = `echo "virtlockd (libvirt) 9.0.0"; echo "virtlockd (Go) 1"; `
+
+// fault is a reason why no live upgrade is possible.
+type fault struct {
+	name  string
+	cause func(t *testing.T, m *machine)
+	cure  func(m *machine) // what the good binary needs besides; nil: nothing
+	said  string           // in the log
+	slow  bool             // the daemon has to wait for it, and must be in service meanwhile
+}
+
+func program(content string, mode os.FileMode) func(*testing.T, *machine) {
+	return func(_ *testing.T, m *machine) {
+		m.WriteFile(bad, content, mode)
+		m.turn(bad)
+	}
+}
+
+// image returns our own binary, changed.
+func image(change func([]byte) []byte) func(*testing.T, *machine) {
+	return func(t *testing.T, m *machine) {
+		b, err := os.ReadFile(host.Ours(t))
+		must(t, err)
+		program(string(change(b)), 0o755)(t, m)
+	}
+}
+
+func remount(flags uintptr, options string) func(*machine) {
+	return func(m *machine) {
+		m.Must(func() error { return unix.Mount("", "/run", "", flags, options) })
+	}
+}
+
+var faults = []fault{
+	{name: "missing", said: "no such file or directory",
+		cause: func(_ *testing.T, m *machine) { m.turn("/tmp/bin/nowhere") }},
+	{name: "not executable", said: "permission denied", cause: program(script("exit 0"), 0o644)},
+	{name: "directory", said: "is a directory",
+		cause: func(_ *testing.T, m *machine) { m.turn("/tmp") }},
+	{name: "empty", said: "exec format error", cause: program("", 0o755)},
+	{name: "truncated", said: "is not fit to go on with: asked for --version",
+		cause: image(func(b []byte) []byte { return b[:len(b)/3] })},
+	{name: "another architecture", said: "exec format error",
+		cause: image(func(b []byte) []byte {
+			const machine, s390 = 18, 22
+			binary.NativeEndian.PutUint16(b[machine:], s390)
+			return b
+		})},
+	{name: "being written", said: "text file busy",
+		cause: func(t *testing.T, m *machine) {
+			image(func(b []byte) []byte { return b })(t, m)
+			f, err := os.OpenFile(m.Path(bad), os.O_RDWR, 0)
+			must(t, err)
+			t.Cleanup(func() { f.Close() })
+		}},
+	{name: "hanging", said: "it did not answer --version within 5s", slow: true, cause: program(script("exec sleep 1000"), 0o755)},
+	{name: "hanging with a child", said: "it did not answer --version within 5s", slow: true,
+		cause: program(script(version+"sleep 8 & exec sleep 7"), 0o755)},
+	{name: "endless", said: "it did not answer --version within 5s", slow: true, cause: program(script("exec yes"), 0o755)},
+	{name: "garbage", said: "it says 'ELF?'", cause: program(script("echo ELF?"), 0o755)},
+	{name: "silent", said: "it says ''", cause: program(script("exit 0"), 0o755)},
+	{name: "failing", said: "exit status 3", cause: program(script(version+"exit 3"), 0o755)},
+	{name: "gone when it is to run", said: "cannot run " + link + ": execve: no such file or directory",
+		cause: program(script(version+"rm "+bad), 0o755)},
+	{name: "without interpreter when it is to run", said: "cannot run " + link + ": execve: no such file or directory",
+		cause: program(script(version+"echo '#!/nowhere' > "+bad+".new; chmod 755 "+bad+".new; mv "+bad+".new "+bad), 0o755)},
+	{name: "C, and gone when it is to run", said: "cannot run " + link + ": execve: no such file or directory",
+		cause: program(script(`echo "virtlockd (libvirt) 9.0.0"; rm `+bad), 0o755)},
+	{name: "no room", said: "no space left on device",
+		cause: func(_ *testing.T, m *machine) {
+			remount(unix.MS_REMOUNT, "size=64k")(m)
+			m.Must(func() error {
+				if err := os.WriteFile("/run/filler", make([]byte, 1<<20), 0o600); err == nil {
+					return os.ErrExist
+				}
+				return nil
+			})
+		},
+		cure: func(m *machine) { m.Must(func() error { return os.Remove("/run/filler") }) }},
+	{name: "read-only", said: "read-only file system",
+		cause: func(_ *testing.T, m *machine) {
+			m.Must(func() error { return unix.Mount("/run", "/run", "", unix.MS_BIND, "") })
+			remount(unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")(m)
+		},
+		cure: remount(unix.MS_REMOUNT|unix.MS_BIND, "")},
+	{name: "something in the way", said: "cannot write the state file",
+		cause: func(_ *testing.T, m *machine) {
+			m.Must(func() error { return os.Mkdir(stateFile, 0o755) })
+		},
+		cure: func(m *machine) { m.Must(func() error { return os.Remove(stateFile) }) }},
+	{name: "configuration", said: "mend it and try again",
+		cause: func(_ *testing.T, m *machine) { m.WriteFile("/tmp/virtlockd.conf", "max_clients = \"many\"\n", 0o644) },
+		cure:  func(m *machine) { m.WriteFile("/tmp/virtlockd.conf", "", 0o644) }},
+}
+
+// Whatever is wrong with the new binary or the place for the state: nothing has happened but a line in the log, and the next
+// live upgrade works.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	for _, f := range faults {
+		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
+			m := start(t, host.Ours(t), host.Options{})
+			locks := m.hold()
+			unregistered := m.Dial("lock")
+			half := m.Client(noOneElse)
+			frame := wire.Request(wire.ProcAcquire, 7, wire.ResourceArgs("", host.Data+"/half", wire.Autocreate))
+			must(t, half.Send(frame[:20]))
+			outside := m.startChecker(locks.paths...)
+			f.cause(t, m)
+			if f.slow {
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					m.fails(f.said)
+				}()
+				for slept := false; !slept; {
+					select {
+					case <-done:
+						slept = true
+					default:
+						must(t, unregistered.Ping())
+						time.Sleep(time.Millisecond)
+					}
+				}
+			} else {
+				m.fails(f.said)
+			}
+			locks.check(m)
+			must(t, unregistered.Ping())
+			m.Client(noOneElse).Close()
+			if f.cure != nil {
+				f.cure(m)
+			}
+			if m.Exists(stateFile) || m.Exists(stateFile+".new") {
+				t.Error("a state file is left")
+			}
+			m.hop(host.Ours(t))
+			locks.check(m)
+			must(t, half.Send(frame[20:]))
+			reply, err := half.Recv()
+			must(t, err)
+			must(t, reply.Err())
+			must(t, half.Release("", host.Data+"/half"))
+			must(t, unregistered.Ping())
+			if seen, _ := outside.end(t); len(seen) > 0 {
+				t.Errorf("from outside: %q", seen)
+			}
+			if m.failures() != 1 {
+				t.Errorf("%d failures in the log\n%s", m.failures(), host.Shorten(m.Stderr()))
+			}
+			locks.release(m)
+			if code := m.Stop(); code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+		})
+	}
+}
+
+// Signals at any instant of a live upgrade neither end the daemon nor get lost.
+func TestSignalsDuringUpgrades(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	l := m.startPairs(4)
+	signals := []syscall.Signal{syscall.SIGUSR1, syscall.SIGUSR1, syscall.SIGUSR1, syscall.SIGHUP, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGPIPE}
+	for range 600 {
+		for range rand.IntN(4) {
+			m.Signal(signals[rand.IntN(len(signals))])
+		}
+		time.Sleep(time.Duration(rand.IntN(5000)) * time.Microsecond)
+	}
+	l.end()
+	if seen, _ := outside.end(t); len(seen) > 0 {
+		t.Errorf("from outside: %q", seen)
+	}
+	m.usr1()
+	locks.check(m)
+	locks.release(m)
+	if n := m.failures(); n > 0 {
+		t.Errorf("%d upgrades failed: %s", n, last(m.Stderr(), failureLine))
+	}
+	t.Logf("%d upgrades", strings.Count(m.Stderr(), successLine))
+	if code := m.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// SIGHUP that comes before an upgrade has its effect. One that comes in the middle has the same effect as the upgrade, which reads the
+// configuration, too, but for the limits that are handed over.
+func TestReloadWithUpgrade(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	admin := m.Dial("admin")
+	must(t, admin.AdminOpen())
+	for i := range 40 {
+		want := uint32(100 + i)
+		m.WriteFile("/tmp/virtlockd.conf", "log_level = 2\nmax_clients = "+itoa(want)+"\n", 0o644)
+		before := m.readies()
+		if i%2 == 0 {
+			m.Signal(syscall.SIGHUP)
+			m.Signal(syscall.SIGUSR1)
+			eventually(t, "upgrade", func() bool { return m.readies() > before })
+		} else {
+			m.Signal(syscall.SIGUSR1)
+			time.Sleep(time.Duration(rand.IntN(8000)) * time.Microsecond)
+			m.Signal(syscall.SIGHUP)
+			eventually(t, "upgrade", func() bool { return m.readies() > before })
+			must(t, admin.Ping())
+			m.Signal(syscall.SIGHUP)
+		}
+		if !host.Eventually(func() bool { return limit(t, admin) == want }) {
+			t.Fatalf("round %d: the limit is %d, want %d\n%s", i, limit(t, admin), want, host.Shorten(m.Stderr()))
+		}
+	}
+}
+
+// SIGTERM at any instant of a live upgrade ends the daemon: in order, but for the moment in which the new binary starts and
+// the run-time of its language can't hold the signal back. What is left then is in nobody's way.
+func TestTermDuringUpgrade(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	var m *machine
+	deaths := 0
+	const lease = host.Data + "/lease"
+	for i := range 80 {
+		if m == nil {
+			m = startOn(t, h, host.Ours(t), host.Options{})
+		} else {
+			m.again(host.Ours(t))
+		}
+		c := m.Client(noOne)
+		must(t, c.Acquire("", lease, wire.Autocreate))
+		m.Signal(syscall.SIGUSR1)
+		time.Sleep(time.Duration(i) * 125 * time.Microsecond)
+		m.Signal(syscall.SIGTERM)
+		switch code := m.Wait(); code {
+		case 0:
+			for _, path := range []string{lease, stateFile, pidFile, "/run/libvirt/virtlockd-sock"} {
+				if m.Exists(path) {
+					t.Fatalf("round %d: %s is left\n%s", i, path, host.Shorten(m.Stderr()))
+				}
+			}
+		case -1 - int(syscall.SIGTERM):
+			deaths++
+		default:
+			t.Fatalf("round %d: exit code %d\n%s", i, code, host.Shorten(m.Stderr()))
+		}
+	}
+	t.Logf("%d deaths at the start of the new binary", deaths)
+	m.again(host.Ours(t))
+	if m.Exists(stateFile) {
+		t.Error("a state file is left")
+	}
+	c := m.Client(noOne)
+	must(t, c.Acquire("", lease, wire.Autocreate))
+	must(t, c.Release("", lease))
+	if m.Exists(lease) {
+		t.Error("a lease file is left")
+	}
+}
