@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -365,6 +366,22 @@ func TestHangingDisk(t *testing.T) {
 type client struct{ done chan struct{} }
 
 func (c client) Done() <-chan struct{} { return c.done }
+
+func TestBoundsOfTable(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	disk := f.touch("disk")
+	o := f.number()
+	for range maxHolders {
+		f.want("share", f.acquire(disk, Shared, o), nil)
+	}
+	f.want("one more", f.acquire(disk, Shared, o), ErrTooMany)
+	for i := len(f.Table.spaces); i < maxLockspaces; i++ {
+		f.Table.spaces[strconv.Itoa(i)] = &space{}
+	}
+	f.want("one lockspace more", f.Table.Add(f.path("more")), ErrTooMany)
+	o.Release()
+}
 
 // An acquisition is undone by itself, whoever else holds the resource under the same number.
 func TestUndo(t *testing.T) {

@@ -240,6 +240,25 @@ func TestW17NamedOwner(t *testing.T) {
 	eventually(t, "lock of a dead owner is given up", func() bool { return !h.Exists(a) })
 }
 
+// The number that a client in another namespace names may be its own here. It is not its owner all the same.
+func TestW17OtherNamespaceOwnNumber(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	a := host.Data + "/a"
+	proxy := h.Spawn(host.ProcessOptions{NewPIDNamespace: true})
+	c := proxy.Dial(d, "lock")
+	must(t, c.Register(wire.VM(proxy.PID())))
+	must(t, c.Acquire("", a, wire.Autocreate))
+	c.Close()
+	if host.Within(moment, func() bool { return proxy.Dead() }) {
+		t.Fatal("a proxy was killed for the guest that it spoke for")
+	}
+	proxy.Kill()
+	if host.Within(moment, func() bool { return h.Free(a, false) }) {
+		t.Fatal("lock was given up at the end of the proxy")
+	}
+}
+
 // A number that was sent out of another process id namespace is nobody here, whoever has it.
 func TestW17OtherNamespace(t *testing.T) {
 	t.Parallel()
@@ -269,5 +288,5 @@ func TestW17OtherNamespace(t *testing.T) {
 	if host.Within(moment, func() bool { return h.Free(a, false) }) {
 		t.Fatal("lock was given up at the end of the proxy")
 	}
-	refused(t, "another owner", local.Acquire("", a, wire.Autocreate))
+	refused(t, "another owner", d.Client(0x70000001).Acquire("", a, wire.Autocreate))
 }
