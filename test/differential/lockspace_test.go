@@ -3,6 +3,7 @@
 package differential
 
 import (
+	"strings"
 	"testing"
 
 	"virtlockd/test/host"
@@ -14,17 +15,26 @@ import (
 
 const lockspace = data + "/ls"
 
-// expect sends a request and says whether it is to succeed.
-func (p *pair) expect(client string, r request, refused func(error) bool) {
+// What refusals say.
+const (
+	isLocked    = "' is locked"
+	isNotLocked = "' is not locked"
+	notOwner    = "does not hold the resource lock"
+	exists      = "already exists"
+	noFile      = "No such file or directory"
+)
+
+// expect sends a request and says whether it is to succeed (refusal ""), or what the refusal is to say.
+func (p *pair) expect(client string, r request, refusal string) {
 	p.t.Helper()
 	p.call(client, r)
 	// Both gave the same answer: a second request would be another one, so the trace has it.
 	last := p.trace[len(p.trace)-1]
-	if refused == nil && !containsOK(last) {
+	switch {
+	case refusal == "" && !containsOK(last):
 		p.fail("%s: %s should succeed", client, r)
-	}
-	if refused != nil && containsOK(last) {
-		p.fail("%s: %s should be refused", client, r)
+	case refusal != "" && (containsOK(last) || !strings.Contains(last, refusal)):
+		p.fail("%s: %s should be refused because %q", client, r, refusal)
 	}
 }
 
@@ -51,78 +61,78 @@ func (p *pair) exists(path string, want bool) {
 func TestLockspaceCreate(t *testing.T) {
 	t.Parallel()
 	p := lockspacePair(t)
-	p.expect("A", newLockspace(lockspace), nil)
+	p.expect("A", newLockspace(lockspace), "")
 	p.exists(lockspace, true)
-	p.expect("A", newLockspace(lockspace), wire.IsLocked)
-	p.expect("A", createLockspace(lockspace), nil)
+	p.expect("A", newLockspace(lockspace), exists)
+	p.expect("A", createLockspace(lockspace), "")
 }
 
 func TestLockspaceResourceLifecycle(t *testing.T) {
 	t.Parallel()
 	p := lockspacePair(t)
-	p.expect("A", newLockspace(lockspace), nil)
-	p.expect("A", create(lockspace, "foo"), nil)
+	p.expect("A", newLockspace(lockspace), "")
+	p.expect("A", create(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", true)
-	p.expect("A", acquire(lockspace, "foo", 0), nil)
+	p.expect("A", acquire(lockspace, "foo", 0), "")
 	for _, client := range []string{"A", "B"} {
-		p.expect(client, create(lockspace, "foo"), wire.IsLocked)
-		p.expect(client, remove(lockspace, "foo"), wire.IsLocked)
+		p.expect(client, create(lockspace, "foo"), isLocked)
+		p.expect(client, remove(lockspace, "foo"), isLocked)
 	}
 	p.exists(lockspace+"/foo", true)
-	p.expect("A", release(lockspace, "foo"), nil)
-	p.expect("A", remove(lockspace, "foo"), nil)
+	p.expect("A", release(lockspace, "foo"), "")
+	p.expect("A", remove(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", false)
-	p.expect("A", remove(lockspace, "foo"), nil)
+	p.expect("A", remove(lockspace, "foo"), "")
 }
 
 func TestLockspaceExclusive(t *testing.T) {
 	t.Parallel()
 	p := lockspacePair(t)
-	p.expect("A", newLockspace(lockspace), nil)
-	p.expect("A", create(lockspace, "foo"), nil)
-	p.expect("A", acquire(lockspace, "foo", 0), nil)
-	p.expect("A", acquire(lockspace, "foo", 0), wire.IsLocked)
-	p.expect("B", acquire(lockspace, "foo", 0), wire.IsLocked)
-	p.expect("B", acquire(lockspace, "foo", wire.Shared), wire.IsLocked)
-	p.expect("B", release(lockspace, "foo"), wire.IsNotLocked)
+	p.expect("A", newLockspace(lockspace), "")
+	p.expect("A", create(lockspace, "foo"), "")
+	p.expect("A", acquire(lockspace, "foo", 0), "")
+	p.expect("A", acquire(lockspace, "foo", 0), isLocked)
+	p.expect("B", acquire(lockspace, "foo", 0), isLocked)
+	p.expect("B", acquire(lockspace, "foo", wire.Shared), isLocked)
+	p.expect("B", release(lockspace, "foo"), notOwner)
 	p.same()
-	p.expect("A", release(lockspace, "foo"), nil)
-	p.expect("A", release(lockspace, "foo"), wire.IsNotLocked)
-	p.expect("B", acquire(lockspace, "foo", 0), nil)
-	p.expect("B", release(lockspace, "foo"), nil)
+	p.expect("A", release(lockspace, "foo"), "")
+	p.expect("A", release(lockspace, "foo"), isNotLocked)
+	p.expect("B", acquire(lockspace, "foo", 0), "")
+	p.expect("B", release(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", true)
-	p.expect("A", remove(lockspace, "foo"), nil)
+	p.expect("A", remove(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", false)
 }
 
 func TestLockspaceExclusiveAutocreate(t *testing.T) {
 	t.Parallel()
 	p := lockspacePair(t)
-	p.expect("A", newLockspace(lockspace), nil)
-	p.expect("A", acquire(lockspace, "foo", 0), wire.IsLocked)
+	p.expect("A", newLockspace(lockspace), "")
+	p.expect("A", acquire(lockspace, "foo", 0), noFile)
 	p.exists(lockspace+"/foo", false)
-	p.expect("A", acquire(lockspace, "foo", wire.Autocreate), nil)
+	p.expect("A", acquire(lockspace, "foo", wire.Autocreate), "")
 	p.exists(lockspace+"/foo", true)
-	p.expect("A", acquire(lockspace, "foo", wire.Autocreate), wire.IsLocked)
-	p.expect("B", acquire(lockspace, "foo", wire.Autocreate), wire.IsLocked)
-	p.expect("A", release(lockspace, "foo"), nil)
+	p.expect("A", acquire(lockspace, "foo", wire.Autocreate), isLocked)
+	p.expect("B", acquire(lockspace, "foo", wire.Autocreate), isLocked)
+	p.expect("A", release(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", false)
 }
 
 func TestLockspaceShared(t *testing.T) {
 	t.Parallel()
 	p := lockspacePair(t)
-	p.expect("A", newLockspace(lockspace), nil)
-	p.expect("A", create(lockspace, "foo"), nil)
-	p.expect("A", acquire(lockspace, "foo", wire.Shared), nil)
-	p.expect("B", acquire(lockspace, "foo", wire.Shared), nil)
-	p.expect("B", acquire(lockspace, "foo", 0), wire.IsLocked)
-	p.expect("A", release(lockspace, "foo"), nil)
-	p.expect("A", acquire(lockspace, "foo", 0), wire.IsLocked)
+	p.expect("A", newLockspace(lockspace), "")
+	p.expect("A", create(lockspace, "foo"), "")
+	p.expect("A", acquire(lockspace, "foo", wire.Shared), "")
+	p.expect("B", acquire(lockspace, "foo", wire.Shared), "")
+	p.expect("B", acquire(lockspace, "foo", 0), isLocked)
+	p.expect("A", release(lockspace, "foo"), "")
+	p.expect("A", acquire(lockspace, "foo", 0), isLocked)
 	p.same()
-	p.expect("B", release(lockspace, "foo"), nil)
-	p.expect("A", acquire(lockspace, "foo", 0), nil)
-	p.expect("A", release(lockspace, "foo"), nil)
+	p.expect("B", release(lockspace, "foo"), "")
+	p.expect("A", acquire(lockspace, "foo", 0), "")
+	p.expect("A", release(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", true)
 }
 
@@ -130,13 +140,13 @@ func TestLockspaceSharedAutocreate(t *testing.T) {
 	t.Parallel()
 	p := lockspacePair(t)
 	const flags = wire.Shared | wire.Autocreate
-	p.expect("A", newLockspace(lockspace), nil)
-	p.expect("A", acquire(lockspace, "foo", wire.Shared), wire.IsLocked)
-	p.expect("A", acquire(lockspace, "foo", flags), nil)
-	p.expect("B", acquire(lockspace, "foo", flags), nil)
-	p.expect("A", release(lockspace, "foo"), nil)
+	p.expect("A", newLockspace(lockspace), "")
+	p.expect("A", acquire(lockspace, "foo", wire.Shared), noFile)
+	p.expect("A", acquire(lockspace, "foo", flags), "")
+	p.expect("B", acquire(lockspace, "foo", flags), "")
+	p.expect("A", release(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", true)
-	p.expect("B", release(lockspace, "foo"), nil)
+	p.expect("B", release(lockspace, "foo"), "")
 	p.exists(lockspace+"/foo", false)
 }
 
@@ -144,16 +154,16 @@ func TestLockspaceDefault(t *testing.T) {
 	t.Parallel()
 	p := lockspacePair(t)
 	foo := data + "/foo"
-	p.expect("A", acquire("", foo, 0), wire.IsLocked)
-	p.expect("A", create("", foo), nil)
+	p.expect("A", acquire("", foo, 0), noFile)
+	p.expect("A", create("", foo), "")
 	p.exists(foo, true)
-	p.expect("A", acquire("", foo, 0), nil)
-	p.expect("B", acquire("", foo, 0), wire.IsLocked)
-	p.expect("B", remove("", foo), wire.IsLocked)
-	p.expect("A", release("", foo), nil)
-	p.expect("B", remove("", foo), nil)
+	p.expect("A", acquire("", foo, 0), "")
+	p.expect("B", acquire("", foo, 0), isLocked)
+	p.expect("B", remove("", foo), isLocked)
+	p.expect("A", release("", foo), "")
+	p.expect("B", remove("", foo), "")
 	p.exists(foo, false)
-	p.expect("B", acquire("", foo, wire.Autocreate), nil)
-	p.expect("B", release("", foo), nil)
+	p.expect("B", acquire("", foo, wire.Autocreate), "")
+	p.expect("B", release("", foo), "")
 	p.exists(foo, false)
 }
