@@ -33,6 +33,7 @@ func main() {
 	flag.StringVar(&b.c, "c", "/usr/sbin/virtlockd", "the C daemon; left out if it is not there")
 	flag.BoolVar(&b.full, "full", false, "all rows and more rounds (under 10 minutes; else under 50 s)")
 	flag.StringVar(&b.dir, "dir", "/var/tmp", "a directory on a disk")
+	flag.StringVar(&b.env, "env", "", "NAME=VALUE for our daemon's environment, to try something")
 	only := flag.String("run", "", "only the groups that this regular expression matches")
 	jsonFile := flag.String("json", "", "write the results there, too")
 	svgFile := flag.String("svg", "", "draw the cost against idle clients and held locks")
@@ -50,6 +51,7 @@ func main() {
 // bench is one run.
 type bench struct {
 	ours, c string
+	env     string
 	full    bool
 	dir     string // on a disk; ours alone, inside of what -dir said
 	disk    string // its file system
@@ -156,8 +158,8 @@ func settle() {
 	}
 }
 
-// rounds of a row.
-func (b *bench) rounds() int { return b.pick(3, 7) }
+// rounds of a row of pairs. Many short ones tell more than a few long ones where the machine does something else, too.
+func (b *bench) rounds() int { return b.pick(9, 25) }
 
 // pick chooses between the quick form and the full one.
 func (b *bench) pick(quick, full int) int {
@@ -169,5 +171,5 @@ func (b *bench) pick(quick, full int) int {
 
 // span is the length of a measurement.
 func (b *bench) span() time.Duration {
-	return time.Duration(b.pick(100, 400)) * time.Millisecond
+	return time.Duration(b.pick(40, 100)) * time.Millisecond
 }

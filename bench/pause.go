@@ -20,14 +20,14 @@ func (t *subject) pause() float64 {
 	first := t.client()
 	cs := []*client{first}
 	signalled := make(chan struct{})
-	var longest, end int64
+	var longest int64
 	err := onThread(-1, func() error {
 		last := clock()
 		for n := 0; ; n++ {
 			if n == 100 {
-				end = clock() + int64(400*time.Millisecond)
 				go func() {
 					t.upgrade()
+					time.Sleep(100 * time.Millisecond)
 					close(signalled)
 				}()
 			}
@@ -45,12 +45,10 @@ func (t *subject) pause() float64 {
 				// Replies may still come on the others.
 				cs = []*client{c}
 			}
-			if n > 100 && now > end {
-				select {
-				case <-signalled:
-					return nil
-				default:
-				}
+			select {
+			case <-signalled:
+				return nil
+			default:
 			}
 		}
 	})

@@ -20,6 +20,7 @@ const (
 	seconds   unit = "s"
 	perSecond unit = "1/s"
 	bytesUnit unit = "B"
+	count     unit = ""
 )
 
 // format a value with three digits.
@@ -31,6 +32,8 @@ func (u unit) format(v float64) string {
 		v, scale, names = v*1e6, 1000, []string{"us", "ms", "s"}
 	case bytesUnit:
 		scale, names = 1024, []string{"B", "KiB", "MiB"}
+	case count:
+		scale, names = 1, []string{""}
 	default:
 		scale, names = 1000, []string{"/s", "k/s", "M/s"}
 	}
@@ -43,7 +46,7 @@ func (u unit) format(v float64) string {
 	} else if a < 100 {
 		digits = 1
 	}
-	return fmt.Sprintf("%.*f %s", digits, v, names[0])
+	return strings.TrimSpace(fmt.Sprintf("%.*f %s", digits, v, names[0]))
 }
 
 // goal of a row.

@@ -13,9 +13,17 @@ import (
 
 // alternate measures each kind once per round, in turns. measure returns one value for each row.
 func (b *bench) alternate(kinds []kind, rounds int, measure func(k kind) []float64, rows ...*row) {
+	b.alternateFew(kinds, rounds, rounds, measure, rows...)
+}
+
+// alternateFew is alternate with fewer rounds of the C daemon, where each takes long and is like the others.
+func (b *bench) alternateFew(kinds []kind, rounds, roundsOfC int, measure func(k kind) []float64, rows ...*row) {
 	for r := range rounds {
 		for i := range kinds {
 			k := kinds[(i+r)%len(kinds)]
+			if k == cOne && r >= roundsOfC {
+				continue
+			}
 			for j, v := range measure(k) {
 				rows[j].add(k, v)
 			}
@@ -29,6 +37,7 @@ func (b *bench) pairRows(what string, p50, cpu goal) []*row {
 		b.results.row(what+", p50", seconds, p50),
 		b.results.row(what+", p99", seconds, goal{}),
 		b.results.row(what+", daemon's CPU per pair", seconds, cpu),
+		b.results.row(what+", daemon's context switches per pair", count, goal{}),
 	}
 }
 
@@ -36,13 +45,15 @@ func (b *bench) pairRows(what string, p50, cpu goal) []*row {
 func (t *subject) measured(load func() (*samples, error)) []float64 {
 	before, err := cpuTime(t.d.PID())
 	t.s.must(err)
+	switches := contextSwitches(t.d.PID())
 	s, err := load()
 	if err != nil {
 		t.s.Fatalf("%v\n%s", err, host.Shorten(t.d.Stderr()))
 	}
 	after, err := cpuTime(t.d.PID())
 	t.s.must(err)
-	return []float64{s.quantile(0.5), s.quantile(0.99), (after - before) / float64(len(s.ns)), s.rate()}
+	n := float64(len(s.ns))
+	return []float64{s.quantile(0.5), s.quantile(0.99), (after - before) / n, (contextSwitches(t.d.PID()) - switches) / n, s.rate()}
 }
 
 // places of the pairs, with their goals against C.
@@ -78,7 +89,7 @@ func (b *bench) pairs(s *scope) {
 		b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
 			return subjects[k].measured(func() (*samples, error) {
 				return repeat(b.cpu, b.span(), workers[k].pair)
-			})[:3]
+			})[:4]
 		}, b.pairRows(p.name, atMostC(p.goal), atMostC(p.goal))...)
 	}
 }
@@ -139,7 +150,7 @@ func (b *bench) connect(s *scope) {
 		register := owner(t.guest.PID())
 		return t.measured(func() (*samples, error) {
 			return repeat(b.cpu, b.span(), func() error { return session(t, register) })
-		})[:3]
+		})[:4]
 	}, b.pairRows("connect, REGISTER, close", atMostC(0.5), goal{})...)
 	b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
 		t := subjects[k]
@@ -151,7 +162,7 @@ func (b *bench) connect(s *scope) {
 				}
 				return session(t, register, workers[k].release)
 			})
-		})[:3]
+		})[:4]
 	}, b.pairRows("pair as libvirtd makes it, each call on a connection of its own", goal{}, goal{})...)
 }
 
@@ -160,8 +171,8 @@ func (b *bench) beside(s *scope, k kind, base *subject, t *subject, pair, connec
 	subjects := []*subject{base, t}
 	workers := []*client{b.workers(base, place{}, 1)[0], b.workers(t, place{}, 1)[0]}
 	register := owner(base.guest.PID())
-	span := b.span() / 2
-	for r := range 2 * b.rounds() {
+	span := b.span()
+	for r := range 2 * b.pick(3, 7) {
 		i := r % 2
 		p, err := repeat(-1, span, workers[i].pair)
 		s.must(err)
@@ -347,7 +358,7 @@ func (b *bench) stall(t *subject, c *client, event func()) float64 {
 		event()
 	}()
 	n, longest := 0, int64(0)
-	_, err := repeat(-1, time.Duration(b.pick(300, 600))*time.Millisecond, func() error {
+	_, err := repeat(-1, time.Duration(b.pick(200, 600))*time.Millisecond, func() error {
 		if n++; n == 200 {
 			close(begun)
 		}
@@ -371,7 +382,7 @@ func (b *bench) storm(s *scope) {
 	const clients = 4000
 	b.results.section("longest pair of another client")
 	row := b.results.row(fmt.Sprintf("while %d clients disconnect at once", clients), seconds, atMost(10e-3))
-	b.alternate(b.kinds(), 5, func(k kind) (v []float64) {
+	b.alternateFew(b.kinds(), 5, b.pick(2, 5), func(k kind) (v []float64) {
 		s.part(func(s *scope) {
 			t, fds := b.loaded(s, k, clients, 0)
 			c := b.workers(t, place{}, 1)[0]
@@ -405,7 +416,7 @@ func (b *bench) hangs(s *scope) {
 		if c.clients == 1 && c.op == slowdisk.Open {
 			worker = b.results.row("memory of a worker process, private", bytesUnit, atMost(1.5*(1<<20)))
 		}
-		b.alternate(b.kinds(), 5, func(k kind) (v []float64) {
+		b.alternateFew(b.kinds(), 5, b.pick(1, 5), func(k kind) (v []float64) {
 			s.part(func(s *scope) {
 				t := b.start(s, k, false)
 				if k == bare {
@@ -431,7 +442,7 @@ func (b *bench) hangs(s *scope) {
 						}
 					}
 					disk.AwaitHang(c.op)
-					time.Sleep(time.Duration(b.pick(400, 1000)) * time.Millisecond)
+					time.Sleep(time.Duration(b.pick(250, 1000)) * time.Millisecond)
 					disk.Resume(c.op)
 				})}
 				for _, h := range hung {
@@ -456,7 +467,7 @@ func (b *bench) hangs(s *scope) {
 // deaths: a guest that has lost its connection is ended.
 func (b *bench) deaths(s *scope) {
 	row := b.results.row("while a dying owner ignores SIGTERM", seconds, atMost(5e-3))
-	b.alternate(b.kinds(), b.pick(3, 5), func(k kind) (v []float64) {
+	b.alternateFew(b.kinds(), 5, b.pick(1, 5), func(k kind) (v []float64) {
 		s.part(func(s *scope) {
 			t := b.start(s, k, false)
 			probe := b.workers(t, place{}, 1)[0]

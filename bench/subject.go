@@ -75,6 +75,10 @@ func (b *bench) startOn(h *host.Host, s *scope, k kind, pinned bool, o host.Opti
 	o.Config = config
 	binary := b.ours
 	switch k {
+	case ours:
+		if b.env != "" {
+			o.Env = append(o.Env, b.env)
+		}
 	case cOne:
 		binary = b.c
 	case bare:
@@ -273,6 +277,25 @@ func cpuTime(pid int) (float64, error) {
 		return 0, os.NewSyscallError("clock_gettime", err)
 	}
 	return float64(ts.Nano()) / 1e9, nil
+}
+
+// contextSwitches counts how often the threads of a process have been switched to another one.
+func contextSwitches(pid int) float64 {
+	n := 0.0
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	for _, task := range tasks {
+		b, err := os.ReadFile(task)
+		if err != nil {
+			continue // it has ended
+		}
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); len(f) == 2 && strings.HasSuffix(f[0], "voluntary_ctxt_switches:") {
+				v, _ := strconv.ParseFloat(f[1], 64)
+				n += v
+			}
+		}
+	}
+	return n
 }
 
 // use is the memory of a process in bytes.
