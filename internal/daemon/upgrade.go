@@ -162,7 +162,7 @@ func (d *daemon) findBinary() (string, error) {
 	if err == nil {
 		return filepath.Abs(path)
 	}
-	if filepath.IsAbs(name) {
+	if filepath.IsAbs(os.Args[0]) {
 		return "", fmt.Errorf("there is no program to go on with: %w", err)
 	}
 	self, selfErr := os.Executable()
@@ -496,8 +496,17 @@ func (d *daemon) saveLogSettings(s *state.Snapshot) {
 		}
 	}
 	note(&s.LogLevel, strconv.Itoa(int(now.Level)), strconv.Itoa(int(configured.Level)))
-	note(&s.LogFilters, logging.FormatFilters(now.Filters), logging.FormatFilters(configured.Filters))
+	note(&s.LogFilters, filters(now.Filters), filters(configured.Filters))
 	note(&s.LogOutputs, logging.FormatOutputs(now.Outputs), logging.FormatOutputs(configured.Outputs))
+}
+
+// filters writes log filters so that they are the same when they are read again. What virt-admin shows would not be.
+func filters(all []logging.Filter) string {
+	words := make([]string, len(all))
+	for i, f := range all {
+		words[i] = fmt.Sprintf("%d:+%s", f.Level, f.Match)
+	}
+	return strings.Join(words, " ")
 }
 
 // restoreLogSettings is the other half of saveLogSettings.

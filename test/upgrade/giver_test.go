@@ -1,3 +1,0 @@
-package upgrade
-
-func give() error { return nil }
