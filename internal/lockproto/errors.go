@@ -10,6 +10,7 @@ import (
 
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/lockspace"
+	"virtlockd/internal/logging"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/strerror"
 )
@@ -103,12 +104,15 @@ func (p *Program) log(s *session, a *args, err, wire error) {
 		// libvirtd releases what a paused guest does not hold any more: every healthy day has some.
 		level = slog.LevelInfo
 	}
-	attrs := make([]slog.Attr, 0, 4)
+	attrs := make([]slog.Attr, 0, 6)
 	if s.owner != nil {
 		attrs = append(attrs, slog.Any("", s.owner))
 	}
 	if failed := (*lockspace.Error)(nil); errors.As(err, &failed) && failed.Path != "" {
 		attrs = append(attrs, slog.String("path", failed.Path))
+	}
+	if answer := (*rpc.Error)(nil); errors.As(wire, &answer) {
+		attrs = append(attrs, slog.Int(logging.ErrorDomain, int(answer.Domain)), slog.Int(logging.ErrorCode, int(answer.Code)))
 	}
 	p.cfg.Logger.LogAttrs(context.Background(), level, wire.Error(), attrs...)
 }
