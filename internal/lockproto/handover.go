@@ -25,7 +25,7 @@ func (p *Program) Save(c *rpc.Client, place func(*owner.Owner) int32, into *stat
 	if self := s.self.Load(); self != nil {
 		into.Self = place(self)
 	}
-	if len(into.Unsent) > 0 && s.acquired != (lockspace.Hold{}) {
+	if c.Owed() && s.acquired != (lockspace.Hold{}) {
 		into.Undo = &state.Undo{Lockspace: s.acquired.Lockspace, Resource: s.acquired.Resource}
 	}
 }

@@ -155,11 +155,11 @@ func (p *Program) Opened(c *rpc.Client) { c.Session = new(session) }
 // Call implements rpc.Program. The order of the checks is part of the protocol: arguments, unknown
 // flags, restriction, registration, lockspace. No procedure returns anything but success.
 func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, error) {
+	s := c.Session.(*session)
+	s.acquired = lockspace.Hold{} // its reply is out; what is undone is this call's, whatever becomes of it
 	if proc == 0 || proc >= uint32(len(procedures)) {
 		return out, rpc.ErrNoProc
 	}
-	s := c.Session.(*session)
-	s.acquired = lockspace.Hold{}
 	pr := &procedures[proc]
 	a, err := pr.layout.decode(payload)
 	if err != nil {

@@ -181,6 +181,7 @@ func (c *Client) run() {
 		switch verdict := c.turn(); verdict {
 		case endByPeer, endByUs:
 			c.byPeer = verdict == endByPeer
+			c.unanswered()
 			c.finish()
 			c.server.end(c)
 			return // active for good: late events find nothing to do

@@ -80,7 +80,7 @@ func (s *Server) frozenRest() {
 	}
 }
 
-// Snapshot returns what is to be kept of a frozen server. sockets says of each listening socket whether its
+// Snapshot returns what is to be kept of a frozen server. unlink says of each listening socket whether its
 // file is ours to remove. Clients is to be filled by the caller, from each Client's Save.
 func (s *Server) Snapshot(unlink func(fd int) bool) *state.Server {
 	s.mu.Lock()
@@ -98,6 +98,10 @@ func (s *Server) Snapshot(unlink func(fd int) bool) *state.Server {
 	}
 	return sv
 }
+
+// Owed tells whether a reply of the program that was called last is not out yet. What else may be unsent,
+// a PONG or an error of the server's own, is nothing to undo.
+func (c *Client) Owed() bool { return c.caller != nil }
 
 // Save returns what is to be kept of a client of a frozen server that is not running.
 func (c *Client) Save() state.Client {
@@ -134,18 +138,18 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 		return fail(fmt.Errorf("it is no stream socket: type %d", kind))
 	}
 	up := from.Uptime
-	if up == 0 { // the C daemon keeps seconds of the wall clock
+	if up == 0 { // from the C daemon, which keeps seconds of the wall clock
 		if up, err = uptime(); err != nil {
 			return fail(err)
 		}
 		if age := time.Now().UnixNano() - from.ConnectTime; from.ConnectTime > 0 && age > 0 {
 			up -= age - int64(time.Second) // rounded up: a process may have started within that second
 		}
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return fail(os.NewSyscallError("fcntl(O_NONBLOCK)", err))
+		}
 	}
 	unix.CloseOnExec(fd)
-	if err := unix.SetNonblock(fd, true); err != nil {
-		return fail(os.NewSyscallError("fcntl(O_NONBLOCK)", err))
-	}
 	c := &Client{
 		server: s, id: from.ID, fd: fd,
 		accepted: from.ConnectTime, uptime: up,
@@ -153,8 +157,8 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 		in: from.Unread, dropped: from.Dropped, fds: from.FDs, lastFD: from.LastFD,
 		out: from.Unsent, last: from.Closing,
 	}
-	if len(c.out) > 0 && len(s.programs) > 0 {
-		c.caller = s.programs[0].Program // each server has one
+	if from.Undo != nil && len(s.programs) > 0 {
+		c.caller = s.programs[0].Program // of the servers that have something to undo each has one
 	}
 	idle := len(c.in) == 0
 	if !idle {

@@ -20,7 +20,8 @@ type Program interface {
 	Call(c *Client, proc uint32, args, out []byte) ([]byte, error)
 
 	// Undo says that the reply to the client's last Call could not be
-	// delivered because the peer was gone. Closed follows.
+	// delivered, because the peer was gone or we close the connection. Closed
+	// follows. It may block.
 	Undo(c *Client)
 
 	// Closed is called once for each client, after a running Call has ended.

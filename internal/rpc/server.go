@@ -372,9 +372,6 @@ func (s *Server) accepted(fd int) *Client {
 	s.mu.Lock()
 	s.lastID++
 	c.id = s.lastID
-	if allowed {
-		s.clients[c.id] = c
-	}
 	s.mu.Unlock()
 	if !allowed {
 		unix.Close(fd)
@@ -388,6 +385,10 @@ func (s *Server) accepted(fd int) *Client {
 			o.Opened(c)
 		}
 	}
+	// Not before it has its session, which administrators ask about.
+	s.mu.Lock()
+	s.clients[c.id] = c
+	s.mu.Unlock()
 	if s.cfg.Changed != nil {
 		s.cfg.Changed()
 	}

@@ -45,7 +45,6 @@ var workspaces = sync.Pool{New: func() any { return &workspace{out: make([]byte,
 // requests one after the other.
 func (c *Client) turn() verdict {
 	if c.state.Load()&stateClose != 0 {
-		c.unanswered()
 		return endByUs
 	}
 	if c.server.freezing.Load() {
@@ -300,7 +299,7 @@ func (c *Client) execute(w *workspace, h *header, args []byte) verdict {
 
 	out, err := program.Call(c, h.proc, args, w.out[:headerSize])
 	if c.state.Load()&stateClose != 0 {
-		program.Undo(c)
+		c.caller = program
 		return endByUs
 	}
 	if err == nil {
@@ -349,7 +348,6 @@ func (c *Client) reply(caller Program, h *header, m []byte) verdict {
 	}
 	c.out = append(make([]byte, 0, len(m)-n), m[n:]...)
 	if !c.charge() {
-		c.unanswered()
 		return endByUs
 	}
 	// Until it is out no further message of this client is executed.
@@ -381,7 +379,6 @@ func (c *Client) flush() verdict {
 func (c *Client) watch(events uint32, v verdict) verdict {
 	if err := c.server.poller.Modify(c.token, c.fd, events); err != nil {
 		c.server.log.Error("closing "+c.String(), "error", err)
-		c.unanswered()
 		return endByUs
 	}
 	return v
@@ -397,7 +394,6 @@ func (c *Client) delivered() verdict {
 
 // undelivered ends the client because a reply could not be sent.
 func (c *Client) undelivered(errno unix.Errno) verdict {
-	c.unanswered()
 	switch {
 	case errno != unix.EPIPE && errno != unix.ECONNRESET:
 		c.server.log.Error("cannot write to "+c.String(), "error", errno)
