@@ -7,6 +7,8 @@ import (
 	"os/user"
 	"slices"
 	"strconv"
+	"sync"
+	"time"
 
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/xdr"
@@ -277,6 +279,9 @@ func (p *Program) setTimeout(c *rpc.Client, a *args, out []byte) ([]byte, error)
 	return out, nil
 }
 
+// replyTime is how long the daemon's end waits for the reply to be out.
+const replyTime = 2 * time.Second
+
 // shutdown ends the daemon after its reply, and the connection with it.
 func (p *Program) shutdown(c *rpc.Client, a *args, out []byte) ([]byte, error) {
 	keep := a.flags&preserve != 0
@@ -285,9 +290,13 @@ func (p *Program) shutdown(c *rpc.Client, a *args, out []byte) ([]byte, error) {
 		return out, err
 	}
 	p.changed(c, "the daemon shuts down", slog.Bool("preserve", keep))
+	begin = sync.OnceFunc(begin)
 	p.mu.Lock()
 	p.ends[c] = begin
 	p.mu.Unlock()
 	c.CloseAfterReply()
+	// Nothing is locked any more from here on, so an administrator who does not read his reply is not
+	// waited for.
+	time.AfterFunc(replyTime, begin)
 	return out, nil
 }

@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"syscall"
@@ -99,11 +100,17 @@ func (e *FileError) Unwrap() error { return e.Err }
 
 // Load reads and parses the file at path. The error is a *FileError or an *Error.
 func Load(path string) (*File, error) {
-	f, err := os.Open(path)
+	// Not to wait for the other end of a FIFO.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, &FileError{"open", path, bare(err)}
 	}
 	defer f.Close()
+	if st, err := f.Stat(); err != nil {
+		return nil, &FileError{"stat", path, bare(err)}
+	} else if st.Mode()&fs.ModeNamedPipe != 0 {
+		return nil, &FileError{"read", path, errFIFO}
+	}
 	data, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
 	if err != nil {
 		return nil, &FileError{"read", path, bare(err)}
@@ -113,6 +120,8 @@ func Load(path string) (*File, error) {
 	}
 	return Parse(path, data)
 }
+
+var errFIFO = errors.New("it is a FIFO, which can be read only once")
 
 // bare takes the path off an error of package os, because FileError has its own.
 func bare(err error) error {

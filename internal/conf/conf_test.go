@@ -266,3 +266,15 @@ func TestLoad(t *testing.T) {
 		t.Error("a broken default file was passed over")
 	}
 }
+
+// A FIFO would hold up the start, and every reload after it.
+func TestLoadFIFO(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(path); err == nil {
+		t.Error("a FIFO was read")
+	}
+}

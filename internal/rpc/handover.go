@@ -118,7 +118,9 @@ func (c *Client) Save() state.Client {
 func (s *Server) Resume(from *state.Server) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.limits = Limits{from.MaxClients, from.MaxUnauth}
+	if from.MaxClients > 0 { // else the state file does not say, and the configured ones hold
+		s.limits = Limits{from.MaxClients, from.MaxUnauth}
+	}
 	s.lastID = max(s.lastID, from.NextClientID-1)
 }
 
