@@ -190,7 +190,13 @@ func mountIn(root string) error {
 			return fmt.Errorf("mount %s: %w", m.path, err)
 		}
 	}
-	// What is set there is set for the real machine.
+	// systemd would set it: the length of journald's queue. With the kernel's 10, PID 1, which doesn't wait for long,
+	// would lose messages. It is the network namespace's own.
+	const queue = "/proc/sys/net/unix/max_dgram_qlen"
+	if err := os.WriteFile(root+queue, []byte("4096"), 0); err != nil {
+		return err
+	}
+	// What else is set there is set for the real machine.
 	if err := bind(root+"/proc/sys", root+"/proc/sys"); err != nil {
 		return err
 	}

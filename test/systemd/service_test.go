@@ -141,7 +141,6 @@ func TestEnable(t *testing.T) {
 	}
 	// What a boot does.
 	m.Systemctl("daemon-reload")
-	m.Systemctl("start", "sockets.target")
 	m.Systemctl("restart", "sockets.target")
 	for _, unit := range []string{LockSocket, AdminSocket} {
 		m.WaitState(unit, "active")
@@ -441,7 +440,10 @@ func TestManagerReload(t *testing.T) {
 // The unit's limits are those of the process.
 func TestLimits(t *testing.T) {
 	t.Parallel()
-	m := Boot(t, Options{})
+	m := Boot(t, Options{Files: map[string]string{
+		// Debian's defaults are the unit's values; others have less.
+		"/etc/systemd/system.conf.d/test.conf": "[Manager]\nDefaultLimitNOFILE=256:4096\n",
+	}})
 	m.Systemctl("start", Service)
 	pid := strconv.Itoa(m.MainPID())
 	limit, score := "524288", "-900"
