@@ -142,8 +142,8 @@ func settle() {
 		os.Unsetenv("GODEBUG")
 		_ = syscall.Exec(selfPath(), os.Args, os.Environ()) // if it fails, we live with it
 	}
-	// A small heap that is collected a little more often; GOGC and GOMEMLIMIT don't count.
-	debug.SetGCPercent(50)
+	// Nothing is collected until we serve: there is no garbage yet, and everybody waits.
+	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(math.MaxInt64)
 	raiseFileLimit()
 }
@@ -169,6 +169,7 @@ type daemon struct {
 	undo    []func() // of start's steps, in their order
 
 	left      legacy // of another binary in this process
+	strays    bool   // not all of it could be taken over
 	startTime int64  // of the first one, in ns since the epoch
 	upgrades  uint64 // how many have handed over
 	// configured are the log settings as the command line and the configuration have them; the admin protocol
@@ -372,7 +373,7 @@ func (d *daemon) start(fault error) (err error) {
 	if resume != nil {
 		d.takeOver(resume, d.left.problems)
 		d.adoptListeners(resume)
-		if len(d.left.problems) > 0 {
+		if d.strays {
 			d.dismissStrays()
 		}
 		d.left = legacy{} // it can be large
@@ -604,6 +605,8 @@ func (d *daemon) serve() (code int, ended bool) {
 	if err := d.notify.Send("READY=1"); err != nil {
 		d.log.Warn("systemd was not told that we are ready", "error", err)
 	}
+	// A small heap that is collected a little more often; GOGC and GOMEMLIMIT don't count.
+	debug.SetGCPercent(50)
 	d.waiting.report(exitOK, "")
 
 	upgrade := d.signals.upgrade // nil while one is being prepared; the next one waits

@@ -28,6 +28,7 @@ func TestFindPaths(t *testing.T) {
 			lockSocket:  run + "/virtlockd-sock",
 			adminSocket: run + "/virtlockd-admin-sock",
 			pidFile:     run + "/virtlockd.pid",
+			stateFile:   run + "/virtlockd-restart-exec.json",
 			config:      config + "/virtlockd.conf",
 			logFile:     cache + "/virtlockd.log",
 		}
@@ -44,6 +45,7 @@ func TestFindPaths(t *testing.T) {
 			lockSocket:  "/run/libvirt/virtlockd-sock",
 			adminSocket: "/run/libvirt/virtlockd-admin-sock",
 			pidFile:     "/run/virtlockd.pid",
+			stateFile:   "/run/virtlockd-restart-exec.json",
 			config:      "/etc/libvirt/virtlockd.conf",
 			logFile:     "/var/log/libvirt/virtlockd.log",
 		}},

@@ -3,13 +3,17 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -51,9 +55,6 @@ func findLegacy(p paths) legacy {
 		return l
 	}
 	l.err = errors.Join(err, state.Remove(p.stateFile))
-	if l.snapshot != nil {
-		l.problems = append(l.problems, disown(l.snapshot)...)
-	}
 	return l
 }
 
@@ -66,51 +67,14 @@ func lives(pid string) bool {
 // inherited tells whether a descriptor was open before this program started. All that is opened here
 // is close-on-exec; the first three are not for us to hand over.
 func inherited(fd int) bool {
-	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
-	return fd > 2 && err == nil && flags&unix.FD_CLOEXEC == 0
+	// Neither this nor any other RawSyscall of a hand-over blocks; there are tens of thousands.
+	flags, _, errno := unix.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_GETFD, 0)
+	return fd > 2 && errno == 0 && flags&unix.FD_CLOEXEC == 0
 }
 
-// disown takes descriptors out of a snapshot that were not inherited: either they are not open, or we have opened something
-// under that number ourselves.
-func disown(s *state.Snapshot) (problems []state.Problem) {
-	ok := func(fd *int32, where string, kept bool, why string) bool {
-		if *fd == state.NoFD || inherited(int(*fd)) {
-			return true
-		}
-		problems = append(problems, state.Problem{
-			Where: where, Trouble: state.Contradiction, Kept: kept,
-			Why: fmt.Sprintf("descriptor %d was not handed over to this program%s", *fd, why),
-		})
-		*fd = state.NoFD
-		return false
-	}
-	ok(&s.PIDFile, "the pid file", true, "; it is locked anew")
-	for name, server := range map[string]*state.Server{lockServer: s.Lock, adminServer: s.Admin} {
-		if server == nil {
-			continue
-		}
-		for i := range server.Services {
-			v := &server.Services[i]
-			v.Sockets = slices.DeleteFunc(v.Sockets, func(k state.Socket) bool {
-				return !ok(&k.FD, "a socket of server "+name, false, "")
-			})
-		}
-		server.Clients = slices.DeleteFunc(server.Clients, func(c state.Client) bool {
-			return !ok(&c.FD, fmt.Sprintf("client %d of server %s", c.ID, name), false, "")
-		})
-	}
-	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
-		for i := range rs {
-			ok(&rs[i].FD, "the lock on "+strconv.Quote(rs[i].Path), true, "; it is tried to take it anew")
-		}
-	}
-	for i := range s.Owners {
-		o := &s.Owners[i]
-		if !ok(&o.PIDFD, fmt.Sprintf("the owner with process id %d", o.PID), true, "; the process that has the number now is watched, but never killed") {
-			o.Kind = min(o.Kind, state.Watched)
-		}
-	}
-	return problems
+// notInherited says that a descriptor of a snapshot is not open, or is something that we have opened ourselves.
+func notInherited(fd int32) error {
+	return fmt.Errorf("descriptor %d was not handed over to this program", fd)
 }
 
 // dismissStrays looks for descriptors that were inherited and that nobody has taken over. A socket of ours is closed, so that
@@ -143,7 +107,7 @@ func (d *daemon) dismissStrays() {
 		link, _ := os.Readlink("/proc/self/fd/" + e.Name())
 		left = append(left, fmt.Sprintf("%d: %s", fd, link))
 	}
-	if len(left) > 0 && (d.left.err != nil || len(d.left.problems) > 0) {
+	if len(left) > 0 && (d.left.err != nil || d.strays) {
 		d.log.Error("descriptors that nobody knows of stay open until the daemon ends, so files that they may lock stay locked", "descriptors", left)
 	}
 }
@@ -151,10 +115,11 @@ func (d *daemon) dismissStrays() {
 // takeOver goes on with what another binary in this process has left. Nothing of it ends the
 // daemon: what can't be kept is told, and everything else is kept.
 //
-//	owners, then locks, then clients: each refers to what was before it
+//	owners first: locks and clients refer to them
 //	sockets last: nobody new is accepted by a daemon that does not have everything
 func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	start := time.Now()
+	d.strays = len(problems) > 0
 	for _, p := range problems {
 		d.log.Error("live upgrade: the state file has a fault", "fault", p.String(), "descriptors", p.FDs)
 	}
@@ -164,11 +129,18 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	d.upgrades = s.Upgrades
 	d.reapStrays()
 	owners := d.adoptOwners(s)
-	locks := d.adoptLocks(s, owners)
-	clients := d.adoptClients(s, owners)
+	// Independent of each other, and everybody waits for the slower one.
+	var locks, clients int
+	var both sync.WaitGroup
+	both.Go(func() { locks = d.adoptLocks(s, owners) })
+	both.Go(func() { clients = d.adoptClients(s, owners) })
+	both.Wait()
 	for _, o := range owners {
 		o.Release()
 	}
+	// Now that every lock is there, requests may come that were read by the binary before us.
+	d.lock.Thaw()
+	d.admin.Thaw()
 	d.adoptSettings(s)
 	d.log.Info("live upgrade: this binary has taken over", "version", buildinfo.Version, "locks", locks, "clients", clients,
 		"took", time.Since(start).Round(time.Microsecond))
@@ -202,6 +174,11 @@ func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
 	owners := make([]*owner.Owner, len(s.Owners))
 	for i := range s.Owners {
 		from := s.Owners[i]
+		if from.PIDFD != state.NoFD && !inherited(int(from.PIDFD)) {
+			d.log.Error("live upgrade: whoever has the process id of an owner now is watched in its place, and never killed", "pid", from.PID, "error", notInherited(from.PIDFD))
+			from.PIDFD, from.Kind = state.NoFD, min(from.Kind, state.Watched)
+			d.strays = true
+		}
 		o, err := d.owners.Adopt(&from)
 		if err != nil {
 			d.log.Error("live upgrade: the end of an owner can't be noticed, its locks are kept until they are released", "error", err)
@@ -218,87 +195,129 @@ func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
 	return owners
 }
 
+// heir is a lock that is being taken over.
+type heir struct {
+	dir   string
+	res   *state.Resource
+	done  bool
+	lock  *filelock.Lock
+	found filelock.Finding
+	err   error
+}
+
 func (d *daemon) adoptLocks(s *state.Snapshot, owners []*owner.Owner) (n int) {
-	take := d.files.Takeover()
-	adopt := func(dir string, rs []state.Resource) {
+	heirs := make([]heir, 0, countLocks(s))
+	add := func(dir string, rs []state.Resource) {
+		if err := d.table.Restore(dir, len(rs)); err != nil {
+			d.log.Error("live upgrade: a lockspace is not kept", "error", err)
+			return
+		}
 		for i := range rs {
-			if d.adoptLock(take, dir, &rs[i], owners) {
-				n++
-			}
+			heirs = append(heirs, heir{dir: dir, res: &rs[i]})
 		}
 	}
-	adopt("", s.Default)
+	add("", s.Default)
 	for i := range s.Lockspaces {
-		l := &s.Lockspaces[i]
-		if err := d.table.Restore(l.Dir); err != nil {
-			d.log.Error("live upgrade: a lockspace is not kept", "error", err)
-			continue
+		add(s.Lockspaces[i].Dir, s.Lockspaces[i].Resources)
+	}
+
+	// The kernel is asked about each of ours. What the C daemon has left is more than a question, and one after the other.
+	take := d.files.Takeover(len(heirs))
+	var parts sync.WaitGroup
+	for part := range slices.Chunk(heirs, len(heirs)/runtime.GOMAXPROCS(0)+1) {
+		parts.Go(func() {
+			take := take.Another()
+			for i := range part {
+				if h := &part[i]; h.res.File != (state.File{}) {
+					d.inherit(take, h)
+				}
+			}
+		})
+	}
+	parts.Wait()
+	for i := range heirs {
+		h := &heirs[i]
+		if !h.done {
+			d.inherit(take, h)
 		}
-		adopt(l.Dir, l.Resources)
+		if d.adoptLock(h, owners) {
+			n++
+		}
 	}
 	return n
 }
 
 // adoptLock goes on with one resource. Whoever believes to hold it does so afterwards, and nobody
 // else gets it.
-func (d *daemon) adoptLock(take *filelock.Takeover, dir string, res *state.Resource, owners []*owner.Owner) bool {
-	holders := make([]*owner.Owner, len(res.Owners))
-	for i, place := range res.Owners {
+func (d *daemon) adoptLock(h *heir, owners []*owner.Owner) bool {
+	holders := make([]*owner.Owner, len(h.res.Owners))
+	for i, place := range h.res.Owners {
 		holders[i] = owners[place]
 	}
-	log := d.log.With("path", res.Path)
-	if len(holders) > 0 {
-		log = log.With("", holders[0].Details())
+	tell := func(level slog.Level, text string, more ...any) {
+		args := []any{"path", h.res.Path}
+		if len(holders) > 0 {
+			args = append(args, "", holders[0].Details())
+		}
+		d.log.Log(context.Background(), level, text, append(args, more...)...)
 	}
-	lock, found, err := d.inheritedLock(take, res)
-	if err != nil {
-		log.Error("live upgrade: a lock is not kept: its descriptor can't be used and its file can't be locked anew; stop the guest or make sure that nobody else uses the disk", "error", err)
+	if h.lock == nil {
+		tell(slog.LevelError, "live upgrade: a lock is not kept: its descriptor can't be used and its file can't be locked anew; stop the guest or make sure that nobody else uses the disk", "error", h.err)
 		return false
 	}
-	rivals, err := d.table.Adopt(dir, res, holders, lock)
+	if h.err != nil {
+		tell(slog.LevelError, "live upgrade: the descriptor of a lock can't be used, so its file was locked anew", "error", h.err)
+	}
+	rivals, err := d.table.Adopt(h.dir, h.res, holders, h.lock)
 	if err != nil {
-		log.Error("live upgrade: a lock is kept, but nobody can release it", "error", err)
+		tell(slog.LevelError, "live upgrade: a lock is kept, but nobody can release it", "error", err)
 		return false
 	}
 	for _, rival := range rivals {
-		log.Error("two guests own one file under different names: the binary before this one let them; stop one of them",
+		tell(slog.LevelError, "two guests own one file under different names: the binary before this one let them; stop one of them",
 			"other", rival.Details().Name, "other_uuid", rival.Details().UUIDString(), "other_pid", rival.PID)
 	}
-	switch found {
+	switch h.found {
 	case filelock.Regained:
-		log.Error("live upgrade: a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known")
+		if h.err == nil {
+			tell(slog.LevelError, "live upgrade: a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known")
+		}
 	case filelock.Lost:
-		log.Error("live upgrade: a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two")
+		tell(slog.LevelError, "live upgrade: a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two")
 	case filelock.Weakened:
-		log.Warn("live upgrade: somebody else took a shared lock while this one was converted; it is tried until it is exclusive again")
+		tell(slog.LevelWarn, "live upgrade: somebody else took a shared lock while this one was converted; it is tried until it is exclusive again")
 	}
 	return true
 }
 
-// inheritedLock takes the lock over by its descriptor or, if that is not what the state says, takes it anew.
-func (d *daemon) inheritedLock(take *filelock.Takeover, res *state.Resource) (*filelock.Lock, filelock.Finding, error) {
+// inherit takes the lock over by its descriptor or, if that is not what the state says, takes it anew; then err
+// says why.
+func (d *daemon) inherit(take *filelock.Takeover, h *heir) {
+	h.done = true
+	res := h.res
 	mode := filelock.Exclusive
 	if res.Flags&lockspace.Shared != 0 {
 		mode = filelock.Shared
 	}
-	err := errors.New("there is no descriptor")
-	if res.FD != state.NoFD {
-		var lock *filelock.Lock
-		var found filelock.Finding
-		if res.File == (state.File{}) { // the C daemon knows nothing of its files
-			lock, found, err = take.C(res.Path, int(res.FD), mode)
-		} else {
-			lock, found, err = take.Ours(res.Path, int(res.FD), mode, res.File)
-		}
-		if err == nil {
-			return lock, found, nil
-		}
+	switch {
+	case res.FD == state.NoFD:
+		h.err = errors.New("there is none")
+	case !inherited(int(res.FD)):
+		h.err = notInherited(res.FD)
+	case res.File == (state.File{}): // the C daemon knows nothing of its files
+		h.lock, h.found, h.err = take.C(res.Path, int(res.FD), mode)
+	default:
+		h.lock, h.found, h.err = take.Ours(res.Path, int(res.FD), mode, res.File)
 	}
-	lock, again := d.files.Lock(res.Path, mode, false)
-	if again != nil {
-		return nil, filelock.Lost, errors.Join(err, again)
+	if h.err == nil {
+		return
 	}
-	return lock, filelock.Regained, nil
+	lock, err := d.files.Lock(res.Path, mode, false)
+	if err != nil {
+		h.lock, h.err = nil, errors.Join(h.err, err)
+		return
+	}
+	h.lock, h.found = lock, filelock.Regained
 }
 
 func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) {
@@ -313,6 +332,11 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 		d.adminProgram.SetPriorityWorkers(from.server, from.PriorityWorkers)
 		for i := range from.Clients {
 			c := &from.Clients[i]
+			if !inherited(int(c.FD)) {
+				d.log.Error("live upgrade: a client is not kept", "client", c.ID, "server", from.server.Name(), "error", notInherited(c.FD))
+				d.strays = true
+				continue
+			}
 			err := from.server.Adopt(c, func(client *rpc.Client) error {
 				if from.server != d.lock {
 					return nil
@@ -327,6 +351,7 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 				continue
 			}
 			d.log.Error("live upgrade: a client is not kept; its connection is closed", "error", err)
+			d.strays = true
 			// Only a connected socket can be shut down: nothing else is ever closed by mistake.
 			if unix.Shutdown(int(c.FD), unix.SHUT_RDWR) == nil {
 				unix.Close(int(c.FD))
@@ -372,6 +397,7 @@ func (d *daemon) inheritSocket(s *state.Server) (out *socket) {
 	for _, service := range s.Services {
 		for _, from := range service.Sockets {
 			one, err := inheritOne(from)
+			d.strays = d.strays || err != nil
 			if err == nil && out != nil {
 				err = fmt.Errorf("path %q: there is one already, and no more are served; set one ListenStream= in each socket unit", one.path)
 			}
@@ -387,6 +413,9 @@ func (d *daemon) inheritSocket(s *state.Server) (out *socket) {
 
 func inheritOne(from state.Socket) (*socket, error) {
 	fd := int(from.FD)
+	if !inherited(fd) {
+		return nil, notInherited(from.FD)
+	}
 	name, err := unix.Getsockname(fd)
 	if err != nil {
 		return nil, os.NewSyscallError("getsockname", err)
@@ -420,7 +449,7 @@ func (d *daemon) adoptPIDFile(s *state.Snapshot) {
 		return
 	}
 	var err error
-	if s.PIDFile != state.NoFD {
+	if s.PIDFile != state.NoFD && inherited(int(s.PIDFile)) {
 		if d.pidFile, err = pidfile.Adopt(path, int(s.PIDFile)); err == nil {
 			return
 		}

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -229,6 +230,7 @@ func (d *daemon) noCallStuck() error {
 func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	start := time.Now()
 	deadline := start.Add(patience)
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // everybody waits, and mostly what is garbage now goes with the binary
 	servers := []*rpc.Server{d.lock, d.admin}
 	running := make([][]*rpc.Client, len(servers))
 	for i, s := range servers {
@@ -459,14 +461,14 @@ func descriptors(s *state.Snapshot, reader state.Reader) (fds []int32) {
 
 // inheritable says whether descriptors outlive exec(2).
 func inheritable(fds []int32, yes bool) error {
-	flags := unix.FD_CLOEXEC
+	flags := uintptr(unix.FD_CLOEXEC)
 	if yes {
 		flags = 0
 	}
 	var errs []error
 	for _, fd := range fds {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, flags); err != nil {
-			errs = append(errs, fmt.Errorf("descriptor %d: %w", fd, os.NewSyscallError("fcntl(F_SETFD)", err)))
+		if _, _, errno := unix.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFD, flags); errno != 0 {
+			errs = append(errs, fmt.Errorf("descriptor %d: %w", fd, os.NewSyscallError("fcntl(F_SETFD)", errno)))
 		}
 	}
 	return errors.Join(errs...)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -50,19 +51,31 @@ func (f Finding) String() string {
 	return [...]string{"kept", "regained", "weakened", "lost"}[f]
 }
 
-// A Takeover collects the locks that this process had before its binary was replaced.
+// A Takeover collects the locks that this process had before its binary was replaced. It is used by one goroutine.
 type Takeover struct {
+	scratch
+	*takeover
+}
+
+// takeover is what several have in common.
+type takeover struct {
 	files *Files
-	known map[inode][]*Lock
+
+	mu    sync.Mutex
+	known map[inode]*Lock   // the first one taken over of each file
+	more  map[inode][]*Lock // the others
 }
 
 // inode is what the kernel tells locks apart by; two device nodes of one disk are two.
 type inode struct{ dev, ino uint64 }
 
-// Takeover begins to take locks over. It is used by one goroutine.
-func (f *Files) Takeover() *Takeover {
-	return &Takeover{files: f, known: map[inode][]*Lock{}}
+// Takeover begins to take n locks over.
+func (f *Files) Takeover(n int) *Takeover {
+	return &Takeover{takeover: &takeover{files: f, known: make(map[inode]*Lock, n), more: map[inode][]*Lock{}}}
 }
+
+// Another returns one for another goroutine to take part. C is for one goroutine at a time.
+func (t *Takeover) Another() *Takeover { return &Takeover{takeover: t.takeover} }
 
 // Ours takes over a lock that our own daemon had. fd is the Takeover's from now on, if there is no
 // error. The error says that fd is not what the state says; it is left open then, since
@@ -77,7 +90,7 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 		if err := isCell(fd); err != nil {
 			return fail(err)
 		}
-		unix.CloseOnExec(fd)
+		closeOnExec(fd)
 		points, err := t.files.mounts.get()
 		if err != nil {
 			return fail(err)
@@ -87,29 +100,35 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 		}
 		return l, Kept, t.rejoin(l)
 	}
-	var s scratch
-	info, errno := s.fstat(fd)
+	info, errno := t.fstat(fd)
 	switch {
 	case errno != 0:
 		return fail(errno)
 	case info.id != id:
 		return fail(fmt.Errorf("it is file %d:%d, not %d:%d", info.id.Dev, info.id.Ino, id.Dev, id.Ino))
 	}
-	unix.CloseOnExec(fd)
+	closeOnExec(fd)
 	// Ours already, so it is granted; if it is not, it was lost.
-	if errno := s.setLock(fd, unix.F_OFD_SETLK, lockType(mode)); errno != 0 {
+	if errno := t.setLock(fd, unix.F_OFD_SETLK, lockType(mode)); errno != 0 {
 		l.mode = Shared // for Strengthen
 		return l, Lost, nil
 	}
-	s.gap(fd, mode)
+	t.gap(fd, mode)
 	return l, Kept, t.rejoin(l)
 }
 
 // rejoin finds out whether l shares its open file description with a Lock that was taken over before, as
 // share made it in an earlier life of this process.
 func (t *Takeover) rejoin(l *Lock) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	key := inode{l.id.Dev, l.id.Ino}
-	for _, other := range t.known[key] {
+	first := t.known[key]
+	if first == nil {
+		t.known[key] = l
+		return nil
+	}
+	for _, other := range append([]*Lock{first}, t.more[key]...) {
 		same, err := l.sameDescription(other)
 		if err != nil {
 			return fmt.Errorf("cannot tell whether two names share the lock on %q: %w", l.path, err)
@@ -119,8 +138,12 @@ func (t *Takeover) rejoin(l *Lock) error {
 			break
 		}
 	}
-	t.known[key] = append(t.known[key], l)
+	t.more[key] = append(t.more[key], l)
 	return nil
+}
+
+func closeOnExec(fd int) {
+	_, _, _ = unix.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC) // of an open file it does not fail
 }
 
 func (l *Lock) join(other *Lock) {
@@ -168,7 +191,7 @@ func (l *Lock) sameDescription(other *Lock) (bool, error) {
 //
 // It may block, if the file is on a disk that hangs.
 func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
-	var s scratch
+	s := &t.scratch
 	info, errno := s.fstat(fd)
 	if errno != 0 {
 		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, errno)
@@ -176,17 +199,17 @@ func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
 	if errno := s.isLock(fd, path, info.id); errno != nil {
 		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, errno)
 	}
-	unix.CloseOnExec(fd)
+	closeOnExec(fd)
 	l := &Lock{files: t.files, id: info.id, path: path, fd: int32(fd), mode: mode}
 	key := inode{uint64(s.st.Dev), s.st.Ino} //nolint:unconvert // other widths on other architectures
 	if first := t.known[key]; first != nil {
-		return t.share(&s, l, first[0], key)
+		return t.share(s, l, first, key)
 	}
 	found, errno := s.convert(fd, l)
 	if errno != 0 {
 		return nil, Lost, fmt.Errorf("cannot make the POSIX lock on %q an OFD lock: %w", path, errno)
 	}
-	t.known[key] = []*Lock{l}
+	t.known[key] = l
 	if err := t.store(l, fd, info); err != nil {
 		return nil, Lost, err
 	}
@@ -232,7 +255,8 @@ func (t *Takeover) share(s *scratch, l, first *Lock, key inode) (*Lock, Finding,
 	found := Kept
 	if l.mode == Exclusive && first.mode == Shared {
 		if s.setLock(copied, unix.F_OFD_SETLK, unix.F_WRLCK) == 0 {
-			for _, other := range t.known[key] {
+			first.mode = Exclusive
+			for _, other := range t.more[key] {
 				other.mode = Exclusive
 			}
 		} else {
@@ -243,7 +267,7 @@ func (t *Takeover) share(s *scratch, l, first *Lock, key inode) (*Lock, Finding,
 	unix.Close(int(l.fd))
 	l.fd = int32(copied)
 	l.join(first)
-	t.known[key] = append(t.known[key], l)
+	t.more[key] = append(t.more[key], l)
 	if err := t.store(l, copied, fileInfo{id: l.id, mode: s.st.Mode}); err != nil {
 		return nil, Lost, err
 	}

@@ -74,7 +74,7 @@ func TestTakeoverFromC(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "disk")
 			fd := posixLocked(t, path, c.has)
-			l, found, err := files.Takeover().C(path, fd, c.mode)
+			l, found, err := files.Takeover(0).C(path, fd, c.mode)
 			if err != nil || found != c.want {
 				t.Fatalf("found %v, error %v; want %v", found, err, c.want)
 			}
@@ -101,7 +101,7 @@ func TestTakeoverOfOFDLock(t *testing.T) {
 			t.Fatal(err)
 		}
 		fd, _ := l.State()
-		l, found, err := files.Takeover().C(path, fd, mode)
+		l, found, err := files.Takeover(0).C(path, fd, mode)
 		if err != nil || found != Kept {
 			t.Errorf("mode %d: found %v, error %v", mode, found, err)
 		}
@@ -131,7 +131,7 @@ func TestTakeoverOfTwoOwners(t *testing.T) {
 				t.Fatal(err)
 			}
 			b := posixLocked(t, hard, lockType(c.second))
-			take := files.Takeover()
+			take := files.Takeover(0)
 			la, _, err := take.C(disk, a, c.first)
 			if err != nil {
 				t.Fatal(err)
@@ -141,7 +141,7 @@ func TestTakeoverOfTwoOwners(t *testing.T) {
 				t.Fatal(err)
 			}
 			// And once more, as the next upgrade finds them.
-			take = files.Takeover()
+			take = files.Takeover(0)
 			fdA, stateA := la.State()
 			fdB, stateB := lb.State()
 			if la, _, err = take.Ours(disk, fdA, la.mode, stateA); err != nil {
@@ -180,7 +180,7 @@ func TestTakeoverRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(other)
-	take := files.Takeover()
+	take := files.Takeover(0)
 	if _, _, err := take.Ours("a", other, Exclusive, st); err == nil {
 		t.Error("another file was taken for the locked one")
 	}

@@ -68,14 +68,18 @@ func (r *resource) snapshot(place func(*owner.Owner) int32) state.Resource {
 	return res
 }
 
-// Restore adds a lockspace whose directory need not be made, before any request comes.
-func (t *Table) Restore(dir string) error {
+// Restore adds a lockspace whose directory need not be made, before any request comes, or tells that the default one will have n
+// resources, too.
+func (t *Table) Restore(dir string, n int) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.spaces[dir] != nil {
+	if dir != "" && t.spaces[dir] != nil {
 		return &Error{Op: "restore", Lockspace: dir, Err: ErrExists}
 	}
-	t.spaces[dir] = &space{dir: dir, resources: map[string]*resource{}}
+	t.spaces[dir] = &space{dir: dir, resources: make(map[string]*resource, n)}
+	if len(t.files) == 0 {
+		t.files = make(map[filelock.FileID]*resource, n)
+	}
 	return nil
 }
 
