@@ -172,11 +172,11 @@ func (b *bench) beside(s *scope, k kind, base *subject, t *subject, pair, connec
 	workers := []*client{b.workers(base, place{}, 1)[0], b.workers(t, place{}, 1)[0]}
 	register := owner(base.guest.PID())
 	span := b.span()
-	for r := range 2 * b.pick(3, 7) {
+	for r := range 2 * b.pick(4, 10) {
 		i := r % 2
-		p, err := repeat(-1, span, workers[i].pair)
+		p, err := repeat(b.cpu, span, workers[i].pair)
 		s.must(err)
-		c, err := repeat(-1, span, func() error {
+		c, err := repeat(b.cpu, span, func() error {
 			c, err := dial(subjects[i].sock)
 			if err != nil {
 				return err
@@ -200,7 +200,7 @@ func (b *bench) curve(s *scope, name string, points []int, load func(s *scope, k
 	flat := atMostBase(1.1)
 	base := map[kind]*subject{}
 	for _, k := range b.kinds() {
-		base[k] = b.start(s, k, false)
+		base[k] = b.start(s, k, true)
 	}
 	for _, n := range points {
 		pair := b.results.row(fmt.Sprintf("pair, %d %s", n, name), seconds, flat)
@@ -225,30 +225,30 @@ func (b *bench) curve(s *scope, name string, points []int, load func(s *scope, k
 
 // idleClients: what clients that never say anything cost the others.
 func (b *bench) idleClients(s *scope) {
-	b.results.section("beside idle clients")
-	points := []int{0, 100, 1000, 4000}
+	b.results.section("beside idle clients, p50 on one processor")
+	points := []int{0, 1000, 4000}
 	if b.full {
-		points = append(points, 10000, 16000, 19000)
+		points = []int{0, 100, 1000, 4000, 10000, 16000, 19000}
 	}
 	b.curve(s, "idle clients", points, func(s *scope, k kind, n int) *subject {
 		if k == cOne && n > 16000 {
 			// With more its state file is too large for itself, and to connect to it takes minutes.
 			return nil
 		}
-		t, _ := b.loaded(s, k, n, 0)
+		t, _ := b.loaded(s, k, true, n, 0)
 		return t
 	})
 }
 
 // heldLocks: what locks that are held cost.
 func (b *bench) heldLocks(s *scope) {
-	b.results.section("beside held locks")
-	points := []int{0, 1000, 10000}
+	b.results.section("beside held locks, p50 on one processor")
+	points := []int{0, 10000}
 	if b.full {
-		points = append(points, 19000)
+		points = []int{0, 1000, 10000, 19000}
 	}
 	b.curve(s, "held locks", points, func(s *scope, k kind, n int) *subject {
-		t := b.start(s, k, false)
+		t := b.start(s, k, true)
 		t.lock(n)
 		return t
 	})
@@ -257,8 +257,7 @@ func (b *bench) heldLocks(s *scope) {
 // memory at rest, and of each client and lock.
 func (b *bench) memory(s *scope) {
 	b.results.section(fmt.Sprintf("memory, %d s after the load", b.pick(1, 10)))
-	kinds := b.kinds()
-	kinds = kinds[:len(kinds)-1] // the floor keeps nothing
+	kinds := b.daemons() // the floor keeps nothing
 	clients, locks := b.pick(1000, 4000), 10000
 	pss, private := b.results.row("at rest, PSS", bytesUnit, atMost(6<<20)), b.results.row("at rest, private", bytesUnit, goal{})
 	perClient := b.results.row(fmt.Sprintf("private per idle client (%d)", clients), bytesUnit, atMost(2.5*1024))
@@ -329,16 +328,14 @@ func (b *bench) startUp(s *scope) {
 // upgrade: how long a client waits when the daemon starts itself again.
 func (b *bench) upgrade(s *scope) {
 	b.results.section("SIGUSR1, longest wait of a client")
-	kinds := b.kinds()
-	kinds = kinds[:len(kinds)-1]
 	for _, load := range []struct{ locks, clients int }{{0, 0}, {1000, 1000}, {10000, 4096}, {10000, 9500}} {
 		if !b.full && load.clients > 4096 {
 			continue
 		}
 		row := b.results.row(fmt.Sprintf("%d locks, %d clients", load.locks, load.clients), seconds, atMostC(0.2))
-		for _, k := range kinds {
+		for _, k := range b.daemons() {
 			s.part(func(s *scope) {
-				t, _ := b.loaded(s, k, load.clients, load.locks)
+				t, _ := b.loaded(s, k, false, load.clients, load.locks)
 				for range b.pick(3, 5) {
 					row.add(k, t.pause())
 				}
@@ -348,28 +345,26 @@ func (b *bench) upgrade(s *scope) {
 	}
 }
 
-// stall is the longest wait of a client that makes pairs for a time, while something happens to others.
+// stall is the longest wait of a client that makes pairs, while something happens to others.
 func (b *bench) stall(t *subject, c *client, event func()) float64 {
-	begun := make(chan struct{})
-	done := make(chan struct{})
+	// Some pairs come first, so that nothing is done for the first time.
+	if _, err := repeat(-1, 20*time.Millisecond, c.pair); err != nil {
+		t.s.Fatal(err)
+	}
+	begun, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
-		<-begun
+		close(begun)
 		event()
 	}()
-	n, longest := 0, int64(0)
+	<-begun
+	longest := int64(0)
 	_, err := repeat(-1, time.Duration(b.pick(200, 600))*time.Millisecond, func() error {
-		if n++; n == 200 {
-			close(begun)
-		}
 		begin := clock()
 		err := c.pair()
 		longest = max(longest, clock()-begin)
 		return err
 	})
-	if n < 200 {
-		close(begun)
-	}
 	<-done
 	if err != nil {
 		t.s.Fatalf("%v\n%s", err, host.Shorten(t.d.Stderr()))
@@ -384,7 +379,7 @@ func (b *bench) storm(s *scope) {
 	row := b.results.row(fmt.Sprintf("while %d clients disconnect at once", clients), seconds, atMost(10e-3))
 	b.alternateFew(b.kinds(), 5, b.pick(2, 5), func(k kind) (v []float64) {
 		s.part(func(s *scope) {
-			t, fds := b.loaded(s, k, clients, 0)
+			t, fds := b.loaded(s, k, false, clients, 0)
 			c := b.workers(t, place{}, 1)[0]
 			v = []float64{b.stall(t, c, func() {
 				for i, fd := range fds {

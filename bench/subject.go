@@ -104,8 +104,8 @@ func (b *bench) startOn(h *host.Host, s *scope, k kind, pinned bool, o host.Opti
 
 // startC starts the C daemon with clients that are connected, and locks. It takes a time that grows with the square of
 // their number to connect to it, so they connect to ours, which hands over to it.
-func (b *bench) startC(s *scope, clients, locks int) (*subject, []int) {
-	t := b.startOn(host.New(s), s, ours, false, host.Options{Argv0: b.c})
+func (b *bench) startC(s *scope, pinned bool, clients, locks int) (*subject, []int) {
+	t := b.startOn(host.New(s), s, ours, pinned, host.Options{Argv0: b.c})
 	t.addGuest()
 	t.lock(locks)
 	fds := t.connect(clients)
@@ -120,11 +120,11 @@ func (b *bench) startC(s *scope, clients, locks int) (*subject, []int) {
 }
 
 // loaded starts a server that has clients and locks.
-func (b *bench) loaded(s *scope, k kind, clients, locks int) (*subject, []int) {
+func (b *bench) loaded(s *scope, k kind, pinned bool, clients, locks int) (*subject, []int) {
 	if k == cOne && clients+locks > 200 {
-		return b.startC(s, clients, locks)
+		return b.startC(s, pinned, clients, locks)
 	}
-	t := b.start(s, k, false)
+	t := b.start(s, k, pinned)
 	t.lock(locks)
 	return t, t.connect(clients)
 }
@@ -135,6 +135,9 @@ func (t *subject) upgrade() {
 	t.d.Signal(syscall.SIGUSR1)
 	if !host.Eventually(func() bool { return stack(t.d.PID()) != before }) {
 		t.s.Fatalf("SIGUSR1 has no effect\n%s", host.Shorten(t.d.Stderr()))
+	}
+	if stack(t.d.PID()) == "" {
+		t.s.Fatalf("SIGUSR1 ended the daemon: %d\n%s", t.d.Wait(), host.Shorten(t.d.Stderr()))
 	}
 }
 
