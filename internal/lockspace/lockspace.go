@@ -343,6 +343,12 @@ func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	case len(r.holders) >= maxHolders:
 		return 0, ErrTooMany
 	}
+	// Only the C daemon lets somebody have the same file exclusively under another name.
+	for other := t.files[r.lock.ID()]; other != nil; other = other.alias {
+		if !other.shared() {
+			return 0, ErrLocked
+		}
+	}
 	return t.addHolder(r, req.Owner), nil
 }
 
