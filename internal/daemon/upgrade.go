@@ -63,6 +63,7 @@ const (
 // freeze and what is after it is done by hand.
 func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 	d.log.Info("SIGUSR1: live upgrade begins")
+	raiseFileLimit() // somebody may have lowered it; the C daemon would not raise it
 	next, err := d.findSuccessor(ctx)
 	if err == nil {
 		if _, _, err = d.loadConfig(); err != nil {

@@ -238,6 +238,12 @@ func (h *Host) Exists(path string) bool {
 	return err == nil
 }
 
+// Expose makes a program of the machine visible on the host, at its path, for a daemon that executes it.
+func (h *Host) Expose(program string) {
+	h.t.Helper()
+	h.Must(func() error { return h.expose(filepath.Dir(program)) })
+}
+
 // expose makes a directory of the machine that a private one hides visible again, read-only at the same path: the
 // one with the daemon's binary. It runs on the namespace's thread.
 func (h *Host) expose(dir string) error {

@@ -79,6 +79,7 @@ func start(t testing.TB, binary string, o host.Options) *machine {
 func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine {
 	t.Helper()
 	m := &machine{Host: h, t: t}
+	h.Expose(host.Ours(t))
 	m.turn(binary)
 	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: h.Path(notify), Net: "unixgram"})
 	if err != nil {
@@ -199,7 +200,7 @@ func last(text, word string) string {
 // says fails the test if no line of the log has all these words.
 func (m *machine) says(words ...string) {
 	m.t.Helper()
-	if m.countLines(words...) == 0 {
+	if !host.Eventually(func() bool { return m.countLines(words...) > 0 }) {
 		m.t.Errorf("no line in the log has %q\n%s", words, host.Shorten(m.Stderr()))
 	}
 }
