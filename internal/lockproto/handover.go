@@ -42,7 +42,7 @@ func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Own
 	d := owner.Details(from.Owner)
 	s.owner = &d
 	if from.Undo != nil {
-		s.acquired = p.cfg.Table.Find(from.Undo.Lockspace, from.Undo.Resource, d.PID)
+		s.inherited = from.Undo
 	}
 	switch {
 	case from.Self != state.None:

@@ -14,6 +14,7 @@ import (
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/rpc"
+	"virtlockd/internal/state"
 	"virtlockd/internal/xdr"
 )
 
@@ -91,6 +92,7 @@ type session struct {
 	restricted bool
 	namespace  namespace
 	acquired   lockspace.Hold // by the last call, in case its reply can't be delivered
+	inherited  *state.Undo    // the same, of a call that the binary before this one executed
 }
 
 // namespace tells whether the numbers that a client sends are processes of our pid
@@ -156,7 +158,7 @@ func (p *Program) Opened(c *rpc.Client) { c.Session = new(session) }
 // flags, restriction, registration, lockspace. No procedure returns anything but success.
 func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, error) {
 	s := c.Session.(*session)
-	s.acquired = lockspace.Hold{} // its reply is out; what is undone is this call's, whatever becomes of it
+	s.acquired, s.inherited = lockspace.Hold{}, nil // its reply is out; what is undone is this call's, whatever becomes of it
 	if proc == 0 || proc >= uint32(len(procedures)) {
 		return out, rpc.ErrNoProc
 	}
@@ -279,10 +281,13 @@ func (s *session) speaksForOurs(c *rpc.Client) bool {
 func (p *Program) Undo(c *rpc.Client) {
 	s := c.Session.(*session)
 	undo := s.acquired
+	if i := s.inherited; i != nil {
+		undo = p.cfg.Table.Find(i.Lockspace, i.Resource, s.owner.PID)
+	}
 	if undo == (lockspace.Hold{}) {
 		return
 	}
-	s.acquired = lockspace.Hold{}
+	s.acquired, s.inherited = lockspace.Hold{}, nil
 	if err := p.cfg.Table.Undo(undo); err != nil {
 		p.cfg.Logger.Debug("an acquisition without client was released by somebody else first", "error", err)
 	} else {

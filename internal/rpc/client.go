@@ -29,6 +29,8 @@ const (
 	stateHangup // the peer is gone
 	stateUrgent // the peer uses out-of-band data, where a read can end early
 	stateClose  // we close the connection
+	// stateParked: there is something to do when the server is not frozen any more.
+	stateParked
 )
 
 // Client is one accepted connection.

@@ -27,7 +27,8 @@ func (s *Server) Freeze(deadline time.Time) (running []*Client) {
 	for _, l := range listeners {
 		// Whoever is accepting has made a client before this returns; the next one sees that we freeze.
 		l.mu.Lock()
-		l.mu.Unlock() //nolint:staticcheck // it is a barrier
+		//lint:ignore SA2001 it is a barrier
+		l.mu.Unlock()
 	}
 	return s.StillRunning(s.Clients(), deadline)
 }
@@ -64,9 +65,11 @@ func (s *Server) Thaw() {
 	awake := slices.DeleteFunc(slices.Clone(s.listeners), func(l *listener) bool { return l.rest != restNot })
 	s.mu.Unlock()
 	arm(awake)
-	for _, c := range s.Clients() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.clients {
 		// What came meanwhile was noticed and left alone.
-		if c.state.Or(stateActive|stateEvent)&stateActive == 0 {
+		if c.state.And(^uint32(stateParked))&stateParked != 0 && c.state.Or(stateActive|stateEvent)&stateActive == 0 {
 			go c.run()
 		}
 	}
@@ -114,8 +117,10 @@ func (c *Client) Save() state.Client {
 	}
 }
 
-// Resume sets what a snapshot says of the server itself, before any client comes.
+// Resume sets what a snapshot says of the server itself, before any client comes. The server is frozen
+// then: clients that are adopted have to wait for Thaw.
 func (s *Server) Resume(from *state.Server) {
+	s.freezing.Store(true)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if from.MaxClients > 0 { // else the state file does not say, and the configured ones hold
@@ -162,9 +167,8 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 	if from.Undo != nil && len(s.programs) > 0 {
 		c.caller = s.programs[0].Program // of the servers that have something to undo each has one
 	}
-	idle := len(c.in) == 0
-	if !idle {
-		c.state.Store(stateActive | stateEvent) // it may have sent a whole request to the binary before us
+	if len(c.in) > 0 {
+		c.state.Store(stateParked) // it may have sent a whole request to the binary before us
 	}
 	for i := range s.programs {
 		if o, ok := s.programs[i].Program.(Opener); ok {
@@ -183,6 +187,7 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 	s.lastID = max(s.lastID, c.id)
 	s.live++
 	s.mu.Unlock()
+	c.charge()
 	events := uint32(clientEvents)
 	if len(c.out) > 0 {
 		events |= unix.EPOLLOUT
@@ -192,13 +197,7 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 	}
 	if err != nil {
 		s.log.Error("cannot serve "+c.String(), "error", err)
-		if c.requestClose() {
-			idle = false
-		}
-	}
-	c.charge()
-	if !idle {
-		go c.run()
+		c.Close()
 	}
 	return nil
 }

@@ -103,6 +103,7 @@ func TestUnsentPong(t *testing.T) {
 	if err := next.Adopt(&saved, func(*Client) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
+	next.Thaw()
 	p.close()
 	next.lab.end(t, 1)
 	if n := next.lab.undos(); n != 0 {
@@ -254,6 +255,7 @@ func TestFreezeUnderLoad(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		now.Thaw()
 		run(now)
 	}
 	close(stop)

@@ -48,7 +48,7 @@ func (c *Client) turn() verdict {
 		return endByUs
 	}
 	if c.server.freezing.Load() {
-		return frozen
+		return c.park()
 	}
 	if len(c.out) > 0 {
 		if v := c.flush(); v != proceed {
@@ -144,6 +144,12 @@ func (c *Client) room(w *workspace, b *window, want int) bool {
 	*b = window{buf: own, end: n}
 	c.in = own
 	return c.charge()
+}
+
+// park makes Thaw run the client.
+func (c *Client) park() verdict {
+	c.state.Or(stateParked)
+	return frozen
 }
 
 // store keeps what is in b until the client's next turn, in a buffer of its size.
@@ -244,7 +250,7 @@ func (c *Client) serve(w *workspace, b *window) (want int, v verdict) {
 		}
 
 		if c.server.freezing.Load() {
-			return 0, frozen
+			return 0, c.park()
 		}
 		b.off += size
 		c.dropped, c.fds = 0, 0
