@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package upgrade
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"virtlockd/test/host"
+	"virtlockd/test/slowdisk"
+	"virtlockd/test/wire"
+)
+
+// With calls that hang on a disk, whose server has read them and sits on them, an upgrade is done while they hang, and everybody else is
+// served. Those who wait for the disk lose their connections, which nobody takes for their end, and when the disk answers nothing of what
+// they asked for stays.
+func TestHungDisk(t *testing.T) {
+	t.Parallel()
+	for name, next := range map[string]string{"to ours": host.Ours(t), "to C": host.C(t)} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := start(t, host.Ours(t), host.Options{})
+			// One disk for each kind of call, since the kernel lets none pass another one in a directory.
+			disks := map[slowdisk.Op]*slowdisk.Disk{}
+			for _, op := range []slowdisk.Op{slowdisk.Lock, slowdisk.Unlink, slowdisk.Open, slowdisk.Create} {
+				disks[op] = slowdisk.Mount(t, m.Host, "/tmp/slow/"+string(op), slowdisk.Options{Locks: true})
+			}
+			disks[slowdisk.Lock].Add("x")
+			// Of a lock that the server of a FUSE file system keeps it hears nothing when the C daemon closes the file: so here the
+			// kernel keeps it.
+			slowdisk.Mount(t, m.Host, "/tmp/slow/kept", slowdisk.Options{}).Add("x")
+			disks[slowdisk.Open].Add("x")
+			locks := m.hold()
+			outside := m.startChecker(locks.paths...)
+			must(t, locks.conn.Acquire("", "/tmp/slow/kept/x", 0))
+
+			// A guest whose own connection hangs, and who holds something else.
+			g := m.Spawn(host.ProcessOptions{})
+			opens := g.Dial(m.Daemon, "lock")
+			must(t, opens.Register(wire.VM(g.PID())))
+			must(t, opens.Acquire("", host.Data+"/guest", wire.Autocreate))
+			lockers, creates, releases := m.Client(noOne), m.Client(noOne), m.Client(noOneElse)
+			must(t, releases.Acquire("", "/tmp/slow/unlink/x", wire.Autocreate))
+			for _, h := range []struct {
+				op    slowdisk.Op
+				conn  *wire.Conn
+				proc  uint32
+				flags uint32
+			}{
+				{slowdisk.Lock, lockers, wire.ProcAcquire, 0}, {slowdisk.Unlink, releases, wire.ProcRelease, 0},
+				{slowdisk.Open, opens, wire.ProcAcquire, 0}, {slowdisk.Create, creates, wire.ProcAcquire, wire.Autocreate},
+			} {
+				disks[h.op].Hang(h.op)
+				must(t, h.conn.Send(wire.Request(h.proc, 99, wire.ResourceArgs("", "/tmp/slow/"+string(h.op)+"/x", h.flags))))
+				disks[h.op].AwaitHang(h.op)
+			}
+
+			l := m.startPairs(4)
+			begin := time.Now()
+			m.hop(next)
+			took := time.Since(begin)
+			for op, disk := range disks {
+				if disk.Waiting(op) == 0 {
+					t.Errorf("%s does not hang any more", op)
+				}
+			}
+			l.end()
+			t.Logf("it took %v, and others waited for %v at most", took.Round(time.Millisecond), time.Duration(l.longest.Load()).Round(time.Millisecond))
+			for i, c := range []*wire.Conn{opens, lockers, creates, releases} {
+				if _, err := c.Recv(); !errors.Is(err, wire.ErrClosed) {
+					t.Errorf("hung client %d: %v, want an end", i, err)
+				}
+			}
+			if n := m.countLines(" warning : ", "a request hangs on a disk that does not answer"); n != 4 {
+				t.Errorf("%d requests are said to hang, want 4", n)
+			}
+			locks.check(m)
+			if host.Within(moment, g.Dead) || m.Free(host.Data+"/guest", true) {
+				t.Fatal("the guest whose request hangs was killed, or has lost its other lock")
+			}
+			must(t, locks.conn.Ping())
+			if next == host.Ours(t) {
+				// And again: whoever hangs now has done so since before the last upgrade, or asks for the same.
+				again := m.Client(noOneElse)
+				must(t, again.Send(wire.Request(wire.ProcAcquire, 1, wire.ResourceArgs("", "/tmp/slow/open/x", 0))))
+				eventually(t, "another open", func() bool { return disks[slowdisk.Open].Waiting(slowdisk.Open) == 2 })
+				m.usr1()
+				if _, err := again.Recv(); !errors.Is(err, wire.ErrClosed) {
+					t.Errorf("another hung client: %v, want an end", err)
+				}
+			}
+
+			other := m.Client(noOneElse)
+			for op, disk := range disks {
+				disk.Resume(op)
+				path := "/tmp/slow/" + string(op) + "/x"
+				eventually(t, path+" is free", func() bool { return other.Acquire("", path, wire.Autocreate) == nil })
+				must(t, other.Release("", path))
+			}
+			refused(t, "the lock on the slow disk", other.Acquire("", "/tmp/slow/kept/x", 0))
+			must(t, locks.conn.Release("", "/tmp/slow/kept/x"))
+			must(t, other.Acquire("", "/tmp/slow/kept/x", 0))
+			if next == host.Ours(t) {
+				m.usr1()
+				eventually(t, "all workers are gone, none is a zombie", func() bool { return len(m.children()) == 0 })
+			}
+			// Its locks end with the guest all the same.
+			g.Kill()
+			if next == host.Ours(t) {
+				eventually(t, "release", func() bool { return !m.Exists(host.Data + "/guest") })
+			}
+			if seen, _ := outside.end(t); len(seen) > 0 {
+				t.Errorf("from outside: %q", seen)
+			}
+		})
+	}
+}
