@@ -79,7 +79,10 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 		}
 		return nil
 	}
-	d.flushLogs(flushTime) // so that it takes no time later
+	if err := d.flushLogs(flushTime); err != nil { // so that it takes no time later
+		d.upgradeFailed(err)
+		return nil
+	}
 	return next
 }
 
@@ -133,11 +136,17 @@ const (
 var errHalf = errors.New("a message is half received or half sent")
 
 // flushLogs gives log outputs time to write what they have. One that is stuck loses it, as it does
-// anyway.
-func (d *daemon) flushLogs(limit time.Duration) {
+// anyway; the error is about one that exec(2) would wait for.
+func (d *daemon) flushLogs(limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	_ = d.logs.Flush(ctx)
+	if d.logs.Flush(ctx) == nil {
+		return nil
+	}
+	for _, o := range d.logs.InWrite() {
+		return fmt.Errorf("the log output %s waits for its disk, and the upgrade would wait too; try again when it has been written, or with another output", o)
+	}
+	return nil
 }
 
 func (d *daemon) tellSystemd(what string) {
@@ -252,6 +261,12 @@ func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	}
 	d.owners.Freeze()
 	defer d.owners.Thaw()
+	for c := range hung {
+		if d.admin.Client(c.ID()) == c {
+			// Most likely it opens a log file: that is no worker's business.
+			return fmt.Errorf("a request of the administrator's client %d (pid %d) is being executed, and the upgrade would wait for it; try again when it has ended", c.ID(), c.PID())
+		}
+	}
 	if len(hung) > 0 {
 		if err := d.onlyWorkersHang(start); err != nil {
 			return err
@@ -368,7 +383,9 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 	}()
 	d.log.Info("live upgrade: everything is written, the new binary takes over",
 		"binary", next.path, "locks", countLocks(s), "clients", len(s.Lock.Clients)+len(s.Admin.Clients), "bytes", len(data))
-	d.flushLogs(lastFlush)
+	if err := d.flushLogs(lastFlush); err != nil {
+		return err
+	}
 
 	// A child that is forked from here on would keep locks alive.
 	syscall.ForkLock.Lock()

@@ -33,6 +33,7 @@ type lineWriter struct {
 	fd         int
 	pid        int
 	unfinished bool // the last line is only there in part
+	writing    atomic.Bool
 }
 
 // write writes r as a line. With wait set it makes sure before each piece that the descriptor takes it.
@@ -53,7 +54,9 @@ func (w *lineWriter) write(r *record, stop *atomic.Bool, wait bool) error {
 				return err
 			}
 		}
+		w.writing.Store(true)
 		n, err := unix.Write(w.fd, piece)
+		w.writing.Store(false)
 		switch err {
 		case nil:
 			b = b[n:]
@@ -67,6 +70,9 @@ func (w *lineWriter) write(r *record, stop *atomic.Bool, wait bool) error {
 	}
 	return nil
 }
+
+// inWrite tells whether a write(2) is under way. One to a disk that hangs can't be interrupted.
+func (w *lineWriter) inWrite() bool { return w.writing.Load() }
 
 func (w *lineWriter) await(stop *atomic.Bool) error {
 	for !stop.Load() {

@@ -333,6 +333,19 @@ func (l *Logs) Flush(ctx context.Context) error {
 	return nil
 }
 
+// InWrite returns the outputs that are in write(2) at this moment. After a Flush that failed, these are files
+// on a disk that hangs: neither exec(2) nor the end of the process comes before it answers.
+func (l *Logs) InWrite() (in []Output) {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	for s := range l.sinks {
+		if s.writer.inWrite() {
+			in = append(in, s.output)
+		}
+	}
+	return in
+}
+
 // Close writes what is queued, until ctx ends, and closes the outputs. The error says what was lost. What is logged later
 // is lost silently.
 func (l *Logs) Close(ctx context.Context) error {

@@ -24,6 +24,8 @@ type writer interface {
 	reopen() error
 	renew() bool
 	close()
+	// inWrite may be called by anybody: see Logs.InWrite.
+	inWrite() bool
 }
 
 // sink is the queue and the goroutine of one output.

@@ -31,6 +31,7 @@ const (
 	Create Op = "create"
 	Unlink Op = "unlink"
 	Lock   Op = "lock"
+	Write  Op = "write"
 )
 
 // Options of a mount.
@@ -97,7 +98,7 @@ func Mount(t testing.TB, h *host.Host, path string, o Options) *Disk {
 }
 
 func (d *Disk) unmount() {
-	for _, op := range []Op{Lookup, Open, Create, Unlink, Lock} {
+	for _, op := range []Op{Lookup, Open, Create, Unlink, Lock, Write} {
 		d.Resume(op)
 	}
 	// Force aborts what is under way, detach does not mind who has files open.
@@ -275,4 +276,9 @@ func (f *file) Setlk(_ context.Context, _ fs.FileHandle, owner uint64, lk *fuse.
 	}
 	f.locks[owner] = lk.Typ
 	return 0
+}
+
+func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, _ int64) (uint32, syscall.Errno) {
+	f.disk.pass(Write)
+	return uint32(len(data)), 0
 }
