@@ -145,6 +145,9 @@ func settle() {
 	// Nothing is collected until we serve: there is no garbage yet, and everybody waits.
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(math.MaxInt64)
+	// A thread waits for each call on a local disk that does not answer. The run-time's own limit, 10,000,
+	// ends the process; what bounds them here is max_clients.
+	debug.SetMaxThreads(math.MaxInt32)
 	raiseFileLimit()
 }
 
@@ -175,6 +178,7 @@ type daemon struct {
 	// configured are the log settings as the command line and the configuration have them; the admin protocol
 	// changes others.
 	configured atomic.Pointer[logging.Settings]
+	limits     atomic.Pointer[conf.Settings] // as they were read last
 
 	startDir     string // where relative names on the command line and in the configuration count from
 	configFile   string // absolute, or "" as given
@@ -290,6 +294,7 @@ func (d *daemon) start(fault error) (err error) {
 	}
 	if settings.MaxClients == 0 { // tolerated: limits come with the state file, if it has them
 		settings = conf.Defaults()
+		d.limits.Store(&settings)
 	}
 
 	if err := tolerate(d.paths.makeRunDir()); err != nil {
@@ -456,7 +461,15 @@ func (d *daemon) configure() (conf.Settings, error) {
 	if err != nil {
 		return conf.Settings{}, err
 	}
+	d.limits.Store(&settings)
 	return settings, d.apply(settings, log)
+}
+
+// setLimits puts the configured limits into force.
+func (d *daemon) setLimits(settings conf.Settings) {
+	d.limits.Store(&settings)
+	d.lock.SetLimits(rpc.Limits{MaxClients: settings.MaxClients, MaxUnauth: settings.MaxClients})
+	d.admin.SetLimits(rpc.Limits{MaxClients: settings.AdminMaxClients, MaxUnauth: settings.AdminMaxClients})
 }
 
 // reload reads the configuration again and opens log files anew, for SIGHUP. A bad file changes nothing.
@@ -468,8 +481,7 @@ func (d *daemon) reload() {
 	if err != nil {
 		d.log.Error("SIGHUP: the configuration is not usable, the settings in force stay as they are", "error", err)
 	} else {
-		d.lock.SetLimits(rpc.Limits{MaxClients: settings.MaxClients, MaxUnauth: settings.MaxClients})
-		d.admin.SetLimits(rpc.Limits{MaxClients: settings.AdminMaxClients, MaxUnauth: settings.AdminMaxClients})
+		d.setLimits(settings)
 	}
 	if again := d.logs.Reopen(); again != nil {
 		d.log.Error("SIGHUP: a log file can't be opened anew", "error", again)

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/conf"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/logging"
 	"virtlockd/internal/rpc"
@@ -65,8 +66,9 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 	d.log.Info("SIGUSR1: live upgrade begins")
 	raiseFileLimit() // somebody may have lowered it; the C daemon would not raise it
 	next, err := d.findSuccessor(ctx)
+	var settings conf.Settings
 	if err == nil {
-		if _, _, err = d.loadConfig(); err != nil {
+		if settings, _, err = d.loadConfig(); err != nil {
 			err = fmt.Errorf("the new binary could not read its configuration; mend it and try again: %w", err)
 		}
 	}
@@ -82,6 +84,10 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 	if err := d.flushLogs(flushTime); err != nil { // so that it takes no time later
 		d.upgradeFailed(err)
 		return nil
+	}
+	// Limits go on as they are, for an administrator may have set them; but not if the configuration has changed.
+	if last := d.limits.Load(); settings.MaxClients != last.MaxClients || settings.AdminMaxClients != last.AdminMaxClients {
+		d.setLimits(settings)
 	}
 	return next
 }

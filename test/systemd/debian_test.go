@@ -79,7 +79,7 @@ func TestReplaceDebians(t *testing.T) {
 	}
 	m.Systemctl("daemon-reload")
 	goesOn()
-	m.Systemctl("reload", Service) // sends SIGHUP
+	m.Systemctl("reload", Service) // sends SIGUSR1 as well
 	goesOn()
 	m.CopyIn(host.Ours(t), Binary)
 	m.Signal("USR1")

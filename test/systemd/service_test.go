@@ -289,7 +289,7 @@ func TestReload(t *testing.T) {
 	if _, err := waits.Recv(); err != nil {
 		t.Errorf("the client that waited: %v", err)
 	}
-	m.WaitJournal("SIGHUP", "_SYSTEMD_UNIT="+Service, "PRIORITY=6")
+	m.WaitJournal("this binary has taken over", "_SYSTEMD_UNIT="+Service, "PRIORITY=6")
 	// A bad one changes nothing and is reported.
 	m.WriteFile(Config, "max_clients = 1\nlog_level = 77\n", 0o644)
 	m.Systemctl("reload", Service)
