@@ -263,9 +263,6 @@ func (d *daemon) start(fault error) (err error) {
 	if d.startDir, err = os.Getwd(); err != nil {
 		return fmt.Errorf("the working directory can't be told: %w", err)
 	}
-	if d.left.err != nil {
-		d.log.Warn("the state file of an earlier daemon is of no use; nothing was taken over", "file", d.paths.stateFile, "error", d.left.err)
-	}
 	resume := d.left.snapshot
 	if resume != nil && resume.StartDir != "" {
 		d.startDir = resume.StartDir
@@ -291,6 +288,9 @@ func (d *daemon) start(fault error) (err error) {
 	settings, err := d.configure()
 	if err = tolerate(err); err != nil {
 		return err
+	}
+	if d.left.err != nil {
+		d.log.Warn("the state file of an earlier daemon is of no use; nothing was taken over", "file", d.paths.stateFile, "error", d.left.err)
 	}
 	if settings.MaxClients == 0 { // tolerated: limits come with the state file, if it has them
 		settings = conf.Defaults()

@@ -36,6 +36,8 @@ func playPart(part string) int {
 	switch part {
 	case "checker":
 		err = check(os.Args[1:])
+	case "giver":
+		err = give()
 	default:
 		err = fmt.Errorf("no part is called %q", part)
 	}
