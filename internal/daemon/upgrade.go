@@ -274,7 +274,7 @@ func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 		}
 	}
 	if len(hung) > 0 {
-		if err := d.onlyWorkersHang(start); err != nil {
+		if err := d.onlyWorkersHang(start, hung); err != nil {
 			return err
 		}
 	}
@@ -290,10 +290,16 @@ func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 }
 
 // onlyWorkersHang tells whether exec would have to wait for a call that was begun before the freeze.
-func (d *daemon) onlyWorkersHang(frozen time.Time) error {
+func (d *daemon) onlyWorkersHang(frozen time.Time, hung map[*rpc.Client]bool) error {
 	for _, c := range d.files.InFlight() {
 		if c.Worker == 0 && c.Since.Before(frozen) && c.Mount == "" {
-			return fmt.Errorf("the call %q on %s waits for its disk, and the upgrade would wait too; try again when it has ended", c.Op, c.Path)
+			names := make([]string, 0, len(hung))
+			for client := range hung {
+				names = append(names, client.String())
+			}
+			slices.Sort(names)
+			return fmt.Errorf("the call %q on %s waits for its disk, and the upgrade would wait too; try again when it has ended (unanswered: %s)",
+				c.Op, c.Path, strings.Join(names, ", "))
 		}
 	}
 	return nil

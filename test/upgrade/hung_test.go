@@ -4,8 +4,14 @@ package upgrade
 
 import (
 	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"virtlockd/test/host"
 	"virtlockd/test/slowdisk"
@@ -115,4 +121,76 @@ func TestHungDisk(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A call on a local disk that is stuck can't be left behind: the upgrade is put off, until the disk answers.
+func TestStuckLocalDisk(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	const dir, image = "/tmp/disk", "/tmp/image"
+	m.Must(func() error {
+		if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(image, nil, 0o600), os.Truncate(image, 16<<20)); err != nil {
+			return err
+		}
+		for _, args := range [][]string{{"mkfs.ext4", "-q", image}, {"mount", "-o", "loop", image, dir}} {
+			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+				return fmt.Errorf("%q: %w\n%s", args, err, out)
+			}
+		}
+		return nil
+	})
+	var disk int
+	m.Must(func() (err error) {
+		disk, err = unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		return err
+	})
+	freeze := func(request uint) error { return unix.IoctlSetInt(disk, request, 0) }
+	const fifreeze, fithaw = 0xc0045877, 0xc0045878 // ioctl_fsfreeze(2)
+	thawed := false
+	t.Cleanup(func() {
+		if !thawed {
+			_ = freeze(fithaw)
+		}
+		unix.Close(disk)
+		_ = m.Do(func() error { return unix.Unmount(dir, unix.MNT_DETACH) }) // frees the loop device
+	})
+	locks := m.hold()
+	must(t, freeze(fifreeze))
+	c := m.Client(noOne)
+	must(t, c.Send(wire.Request(wire.ProcAcquire, 5, wire.ResourceArgs("", dir+"/x", wire.Autocreate))))
+	eventually(t, "a call that is stuck", func() bool {
+		for _, task := range m.tasks() {
+			if strings.Contains(task, "D (disk sleep)") {
+				return true
+			}
+		}
+		return false
+	})
+	m.fails(dir + "/x waits for its disk")
+	m.says(failureLine, "unanswered: client ")
+	must(t, m.Client(noOneElse).Ping())
+	locks.check(m)
+	time.Sleep(time.Second)
+	m.fails(dir + "/x has been waiting for its disk")
+	locks.check(m)
+	must(t, freeze(fithaw))
+	thawed = true
+	reply, err := c.Recv()
+	must(t, err)
+	must(t, reply.Err())
+	m.usr1()
+	must(t, c.Release("", dir+"/x"))
+	locks.check(m)
+}
+
+// tasks tells what each thread of the daemon is doing.
+func (m *machine) tasks() (all []string) {
+	dir := fmt.Sprintf("/proc/%d/task", m.PID())
+	entries, err := os.ReadDir(dir)
+	must(m.t, err)
+	for _, e := range entries {
+		status, _ := os.ReadFile(dir + "/" + e.Name() + "/status") // it may just have ended
+		all = append(all, string(status))
+	}
+	return all
 }
