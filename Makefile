@@ -3,6 +3,7 @@
 # make build     static binaries in bin/
 # make demo      two hosts, real libvirtd and QEMU, in private namespaces (root, Debian 12)
 # make test      install what the tests need, then all tests (root, Debian 12)
+# make storm     a thousand live upgrades under load, some minutes
 # make bench     our daemon, the C one and a bare server side by side (root); FULL=1 for all rows, BENCH=-help for options
 # make fuzz      each fuzz test for FUZZTIME
 # make lint      gofmt, go vet, staticcheck
@@ -42,7 +43,7 @@ BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)
 RACED = ./cmd/... ./internal/...
 UNITS = virtlockd.service virtlockd.socket virtlockd-admin.socket
 
-.PHONY: all build demo test bench fuzz lint install setup clean
+.PHONY: all build demo test storm bench fuzz lint install setup clean
 
 all: build
 
@@ -58,6 +59,9 @@ demo: build
 test: setup build
 	$(GO) test -race -timeout 10m $(TESTFLAGS) $(RACED)
 	$(GO) test -timeout 15m $(TESTFLAGS) $$($(GO) list ./... | grep -vE '^virtlockd/(cmd|internal)(/|$$)')
+
+storm: setup
+	UPGRADES=1000 $(GO) test -count=1 -v -timeout 30m -run '^TestStorm$$' ./test/upgrade
 
 bench: build
 	CGO_ENABLED=0 $(GO) build -o bin/bench ./bench

@@ -110,6 +110,11 @@ func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine
 	o.Env = append(o.Env, "NOTIFY_SOCKET="+notify)
 	m.options = o
 	m.Daemon = h.Start(binary, o)
+	t.Cleanup(func() {
+		if strings.Contains(m.Stderr(), "DATA RACE") { // with a binary that looks for them: VIRTLOCKD_BINARY
+			t.Error("there is a data race")
+		}
+	})
 	return m
 }
 
