@@ -133,20 +133,24 @@ func (b *bench) loaded(s *scope, k kind, pinned bool, clients, locks int) (*subj
 func (t *subject) upgrade() {
 	before := stack(t.d.PID())
 	t.d.Signal(syscall.SIGUSR1)
-	if !host.Eventually(func() bool { return stack(t.d.PID()) != before }) {
+	if !host.Eventually(func() bool {
+		now := stack(t.d.PID())
+		return now != "" && now != before || !t.d.Alive()
+	}) {
 		t.s.Fatalf("SIGUSR1 has no effect\n%s", host.Shorten(t.d.Stderr()))
 	}
-	if stack(t.d.PID()) == "" {
+	if !t.d.Alive() {
 		t.s.Fatalf("SIGUSR1 ended the daemon: %d\n%s", t.d.Wait(), host.Shorten(t.d.Stderr()))
 	}
 }
 
-// stack is where the stack of a process begins, which another program has elsewhere.
+// stack is where the stack of a process begins, which another program has elsewhere. "": it has none at this moment,
+// which is so in the midst of exec(2), or has ended.
 func stack(pid int) string {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
 	const startstack = 28 - 3 // proc_pid_stat(5); the first field here is the third
-	if err != nil || len(fields) <= startstack {
+	if err != nil || len(fields) <= startstack || fields[startstack] == "0" {
 		return ""
 	}
 	return fields[startstack]
