@@ -362,6 +362,11 @@ func (t *Table) admissible(r *resource, o *owner.Owner) error {
 		return ErrLocked
 	}
 	for other := t.files[id]; other != nil; other = other.alias {
+		// One whose lock is being given up conflicts only where the kernel could not know. Elsewhere it has
+		// given us the lock, so it is over: perhaps the file is gone, and a new one has its inode number.
+		if other.phase == releasing && !id.Block {
+			continue
+		}
 		if !r.shared() || !other.shared() {
 			return ErrLocked
 		}
@@ -403,8 +408,7 @@ func (t *Table) dropHolder(r *resource, i int) {
 	o.Release()
 }
 
-// unlist takes a resource whose lock is about to be given up out of the index of files. Until
-// then nobody else gets the file: in the kernel it is still locked. t.mu is held.
+// unlist takes a resource whose lock was given up out of the index of files. t.mu is held.
 func (t *Table) unlist(r *resource) {
 	id := r.lock.ID()
 	at := t.files[id]
@@ -484,6 +488,11 @@ func (t *Table) releaseOne(req *Request, which func(*resource) int) error {
 // giveUp ends a resource without holders in phase releasing.
 func (t *Table) giveUp(r *resource) {
 	t.release(r)
+	t.forget(r)
+}
+
+// forget takes a resource whose lock was given up out of the table.
+func (t *Table) forget(r *resource) {
 	t.mu.Lock()
 	t.unlist(r)
 	delete(r.space.resources, r.name)

@@ -416,6 +416,51 @@ func TestUndo(t *testing.T) {
 	number.Release()
 }
 
+// A lock that was given up in the kernel, but is still in the table, is in nobody's way: the file may be gone, and
+// another one have its inode number.
+func TestReleasedButListed(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	disk, hard := f.touch("disk"), f.path("hard")
+	if err := os.Link(disk, hard); err != nil {
+		t.Fatal(err)
+	}
+	a, b := f.number(), f.number()
+	f.want("acquire", f.acquire(disk, 0, a), nil)
+	// The first half of a release.
+	r := f.Table.spaces[""].resources[disk]
+	f.Table.mu.Lock()
+	f.Table.dropHolder(r, 0)
+	f.Table.begin(r, releasing)
+	f.Table.mu.Unlock()
+	f.Table.release(r)
+	f.want("acquire the same file", f.acquire(hard, 0, b), nil)
+	f.Table.forget(r)
+	f.want("release", f.release(hard, b), nil)
+	a.Release()
+	b.Release()
+}
+
+// Clients that make and remove leases all the time are never in each other's way.
+func TestLeasesOfMany(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	f.want("new", f.Table.Add(f.path("leases")), nil)
+	var all sync.WaitGroup
+	for i := range 8 {
+		o := f.number()
+		req := Request{Lockspace: f.path("leases"), Resource: strconv.Itoa(i), Flags: AutoCreate, Owner: o}
+		all.Go(func() {
+			defer o.Release()
+			for range 300 {
+				f.want("acquire", f.take(req), nil)
+				f.want("release", f.Table.Release(req, o.PID, true), nil)
+			}
+		})
+	}
+	all.Wait()
+}
+
 // While a name is being deleted nobody acquires the file under another one.
 func TestDeleteAgainstAlias(t *testing.T) {
 	t.Parallel()
