@@ -142,8 +142,11 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	d.lock.Thaw()
 	d.admin.Thaw()
 	d.adoptSettings(s)
-	d.log.Info("live upgrade: this binary has taken over", "version", buildinfo.Version, "locks", locks, "clients", clients,
-		"took", time.Since(start).Round(time.Microsecond))
+	args := []any{"version", buildinfo.Version, "locks", locks, "clients", clients, "took", time.Since(start).Round(time.Microsecond)}
+	if s.Frozen != 0 {
+		args = append(args, "pause", time.Duration(monotonic()-s.Frozen).Round(time.Microsecond))
+	}
+	d.log.Info("live upgrade: this binary has taken over", args...)
 }
 
 // reapStrays waits for the children that the program before this one has left: workers, most of which have ended with

@@ -244,7 +244,7 @@ func (d *daemon) noCallStuck() error {
 
 // frozen calls do with a picture of everything while nothing changes. When do returns, everything goes on.
 func (d *daemon) frozen(do func(*state.Snapshot) error) error {
-	start := time.Now()
+	start, frozen := time.Now(), monotonic()
 	deadline := start.Add(patience)
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // everybody waits, and mostly what is garbage now goes with the binary
 	servers := []*rpc.Server{d.lock, d.admin}
@@ -282,6 +282,7 @@ func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	if err != nil {
 		return err
 	}
+	snapshot.Frozen = frozen
 	for c := range hung {
 		d.log.Warn("a request hangs on a disk that does not answer; its connection ends with the live upgrade, and what it asked for is undone",
 			"client", c.ID(), "pid", c.PID())
@@ -433,6 +434,11 @@ func (d *daemon) digest(s *state.Snapshot, cut bool) (copies []int, err error) {
 		}
 	}
 	s.PIDFile = state.NoFD // it locks the file anew, with a lock that ours would refuse
+	for i := range s.Lock.Clients {
+		// A name is for people to read; that of a resource, below, is not.
+		o := &s.Lock.Clients[i].Owner
+		o.Name = strings.ReplaceAll(strings.ToValidUTF8(o.Name, "\uFFFD"), "\x00", "\uFFFD")
+	}
 	obstacles, err := state.ForC(s)
 	if err != nil {
 		return copies, err

@@ -976,7 +976,7 @@ func (d *decoder) enroll(s *space, p *pending) {
 }
 
 var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
-	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes"}
+	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen"}
 
 const (
 	extraLog      = 6 // the first of the log settings
@@ -997,6 +997,9 @@ func (d *decoder) extra() {
 			d.snap.StartTime = int64(n)
 		case "upgrades":
 			d.snap.Upgrades = d.u64()
+		case "frozen":
+			_, n := d.integer(0, math.MaxInt64, 0)
+			d.snap.Frozen = int64(n)
 		case "pidFile":
 			d.snap.PIDFile = d.ownFD()
 		case "timeout":

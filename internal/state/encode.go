@@ -262,6 +262,9 @@ func (e *encoder) extras(s *Snapshot) {
 		e.int("startTime", s.StartTime)
 	}
 	e.uint("upgrades", s.Upgrades)
+	if s.Frozen != 0 {
+		e.int("frozen", s.Frozen)
+	}
 	if s.PIDFile != NoFD {
 		e.int("pidFile", int64(s.PIDFile))
 	}

@@ -61,6 +61,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 			StartTime: rapid.Int64Min(0).Draw(t, "start"),
 			Upgrades:  rapid.Uint64().Draw(t, "upgrades"),
 			PIDFile:   NoFD,
+			Frozen:    rapid.Int64Min(0).Draw(t, "frozen"),
 			StartDir:  text.Draw(t, "directory"),
 			LogLevel:  maybe("level"), LogFilters: maybe("filters"), LogOutputs: maybe("outputs"),
 		}

@@ -48,6 +48,7 @@ type Snapshot struct {
 
 	StartTime int64  // of the first daemon in this process, ns since the epoch; 0: not known
 	Upgrades  uint64 // how many binaries have handed over in this process
+	Frozen    int64  // since when everybody waits for this hand-over, ns of CLOCK_MONOTONIC; 0: not known
 	PIDFile   int32  // descriptor of the locked pid file, or NoFD
 	// StartDir is where relative names on the command line count from. "": the working directory.
 	StartDir string

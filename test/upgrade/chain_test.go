@@ -396,3 +396,34 @@ func TestHalfRequestForC(t *testing.T) {
 	must(t, soon.Release("", host.Data+"/half"))
 	locks.check(m)
 }
+
+// The C daemon ends when it is to write or read a name that is not UTF-8. The name of a guest is made so; the name of a lock can't be
+// changed, so it is not handed over while such a one is held. Ours takes both.
+func TestOddNames(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	g := m.guest("g\xff\xfe", wire.Autocreate)
+	odd, path := m.owner(noOne, "odd \x01\"\\\xc3"), host.Data+"/\xffdisk\n\""
+	must(t, odd.Acquire("", path, wire.Autocreate))
+	for range 2 {
+		m.usr1()
+		refused(t, "a lock with an odd name", m.owner(noOneElse, "other").Acquire("", path, wire.Autocreate))
+		m.says("domain=other")
+	}
+	m.turn(host.C(t))
+	m.fails("a name that JSON for the C daemon cannot hold")
+	m.hop(host.Ours(t))
+	must(t, odd.Release("", path))
+	m.turn(host.C(t))
+	m.fails("a name that JSON for the C daemon cannot hold") // the guest's
+	must(t, m.owner(g.PID(), "libvirtd").Release("", g.path))
+	m.hop(host.C(t))
+	must(t, odd.Ping())
+	must(t, odd.Acquire("", host.Data+"/plain", wire.Autocreate))
+	m.hop(host.Ours(t))
+	if g.Dead() {
+		t.Error("the guest was killed")
+	}
+	must(t, odd.Release("", host.Data+"/plain"))
+	must(t, g.conn.Ping())
+}

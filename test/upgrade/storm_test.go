@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -347,6 +348,7 @@ func TestStorm(t *testing.T) {
 	}
 	t.Logf("%d upgrades in %v, %d requests meanwhile, the longest took %v; %d looks from outside", n, took.Round(time.Millisecond),
 		l.requests.Load(), time.Duration(l.longest.Load()).Round(10*time.Microsecond), polls)
+	t.Logf("the daemon itself says that everybody had to wait for %s", pauses(m.Stderr()))
 	locks.check(m)
 	if !host.Eventually(func() bool { return m.descriptors() <= before }) {
 		t.Errorf("%d descriptors were open before, %d are now", before, m.descriptors())
@@ -370,6 +372,23 @@ func TestStorm(t *testing.T) {
 	if n := m.countLines("lock given up because the daemon stops"); n != 0 {
 		t.Errorf("%d locks were held for nobody", n)
 	}
+}
+
+var pause = regexp.MustCompile(successLine + `.* pause=(\S+)`)
+
+// pauses sums up what the log of our daemon says of its upgrades.
+func pauses(log string) string {
+	var all []time.Duration
+	for _, found := range pause.FindAllStringSubmatch(log, -1) {
+		if d, err := time.ParseDuration(found[1]); err == nil {
+			all = append(all, d)
+		}
+	}
+	slices.Sort(all)
+	if len(all) == 0 {
+		return "an unknown time"
+	}
+	return fmt.Sprintf("%v in the median, %v at most", all[len(all)/2], all[len(all)-1])
 }
 
 // The checker of the storm is able to see a lock that is free for 100 us.
