@@ -23,9 +23,11 @@ func handOver(t *testing.T, from, to *bench, c *Client) {
 		t.Fatal(err)
 	}
 	saved.FD = int32(fd)
+	to.Freeze(time.Now())
 	if err := to.Adopt(&saved, func(*Client) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
+	to.Thaw()
 }
 
 // A message that is cut by a hand-over is executed as if it had not been, wherever the cut is: between its bytes, in what is
