@@ -109,12 +109,7 @@ func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine
 	o.Config = "log_level = 2\nlog_filters = \"4:lock_daemon_dispatch\"\n" + o.Config
 	o.Env = append(o.Env, "NOTIFY_SOCKET="+notify)
 	m.options = o
-	m.Daemon = h.Start(binary, o)
-	t.Cleanup(func() {
-		if strings.Contains(m.Stderr(), "DATA RACE") { // with a binary that looks for them: VIRTLOCKD_BINARY
-			t.Error("there is a data race")
-		}
-	})
+	m.launch(binary)
 	return m
 }
 
@@ -122,7 +117,18 @@ func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine
 func (m *machine) again(binary string) {
 	m.t.Helper()
 	m.turn(binary)
-	m.Daemon = m.Start(binary, m.options)
+	m.launch(binary)
+}
+
+func (m *machine) launch(binary string) {
+	m.t.Helper()
+	d := m.Start(binary, m.options)
+	m.Daemon = d
+	m.t.Cleanup(func() {
+		if strings.Contains(d.Stderr(), "DATA RACE") { // with a binary that looks for them: VIRTLOCKD_BINARY
+			m.t.Error("there is a data race")
+		}
+	})
 }
 
 // turn makes the link lead to a binary.

@@ -405,16 +405,14 @@ func TestCheckerSeesGap(t *testing.T) {
 	m.WriteFile("/tmp/gap/virtlockd", string(binary), 0o755)
 	locks := m.hold()
 	outside := m.startChecker(locks.paths...)
-	m.hop("/tmp/gap/virtlockd")
+	// Once would be enough, if nobody else wanted the processor just then.
+	for range 5 {
+		m.hop("/tmp/gap/virtlockd")
+	}
 	seen, polls := outside.end(t)
-	for i, path := range locks.paths {
-		if !slices.ContainsFunc(seen, func(s string) bool { return strings.HasPrefix(s, "woke "+path+":") }) {
-			t.Errorf("who waited for %s did not notice", path)
-		}
-		// Whoever waited has it at once, so there is less to see for who asks.
-		if i < polled && slices.Contains(seen, "free "+path) {
-			t.Logf("who asked about %s noticed, too", path)
+	for _, how := range []string{"woke ", "free "} {
+		if !slices.ContainsFunc(seen, func(s string) bool { return strings.HasPrefix(s, how) }) {
+			t.Errorf("in %d looks the checker has seen %q: nothing that begins with %q", polls, seen, how)
 		}
 	}
-	t.Logf("%d looks", polls)
 }
