@@ -105,7 +105,7 @@ func Main(args []string) int {
 		left = findLegacy(p)
 	}
 	switch {
-	case left.snapshot != nil: // it was detached before, and its command line was good enough
+	case left.served: // it was detached before, and its command line was good enough
 	case errors.Is(err, errHelp):
 		printUsage(os.Stderr, name, p)
 		return exitOK
@@ -260,16 +260,24 @@ func (d *daemon) start(fault error) (err error) {
 	}
 	undo(d.closeLogs)
 	d.log = d.category("locking.lock_daemon")
-	if d.startDir, err = os.Getwd(); err != nil {
-		return fmt.Errorf("the working directory can't be told: %w", err)
-	}
 	resume := d.left.snapshot
+	if d.startDir, err = os.Getwd(); err != nil {
+		err = fmt.Errorf("the working directory can't be told: %w", err)
+		if !d.left.served {
+			return err
+		}
+		d.log.Error("live upgrade: relative names count from / now", "error", err)
+		d.startDir = "/"
+		if err := os.Chdir("/"); err != nil {
+			d.log.Error("live upgrade: there is no working directory", "error", err)
+		}
+	}
 	if resume != nil && resume.StartDir != "" {
 		d.startDir = resume.StartDir
 	}
 	// tolerate is for steps without which a daemon that has locks already had better go on.
 	tolerate := func(err error) error {
-		if err == nil || resume == nil {
+		if err == nil || !d.left.served {
 			return err
 		}
 		d.log.Error("live upgrade: something is amiss that would end a daemon at its start; this one goes on for the sake of its locks", "error", err)
@@ -302,7 +310,7 @@ func (d *daemon) start(fault error) (err error) {
 	}
 	if resume != nil {
 		d.adoptPIDFile(resume)
-	} else if d.pidFile, err = d.acquirePIDFile(); err != nil {
+	} else if d.pidFile, err = d.acquirePIDFile(); tolerate(err) != nil {
 		return err
 	}
 	undo(d.removePIDFile)

@@ -36,6 +36,8 @@ type legacy struct {
 	snapshot *state.Snapshot // nil: nothing, or nothing that can be used
 	problems []state.Problem
 	err      error // why there is nothing that can be used
+	// served says that this process was a daemon before: it may have locks, and had better not end.
+	served bool
 }
 
 // findLegacy reads the state file and removes it: what it says is true now or never. A file of another process was
@@ -55,6 +57,7 @@ func findLegacy(p paths) legacy {
 		return l
 	}
 	l.err = errors.Join(err, state.Remove(p.stateFile))
+	l.served = l.snapshot != nil || ownSockets(p)
 	return l
 }
 
@@ -135,7 +138,11 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	both.Go(func() { locks = d.adoptLocks(s, owners) })
 	both.Go(func() { clients = d.adoptClients(s, owners) })
 	both.Wait()
-	for _, o := range owners {
+	for i, o := range owners {
+		if endedMeanwhile(s, &s.Owners[i], o) {
+			d.log.Info("live upgrade: a guest has ended meanwhile, its locks are released", "", o.Details())
+			d.table.ReleaseOwner(o)
+		}
 		o.Release()
 	}
 	// Now that every lock is there, requests may come that were read by the binary before us.
@@ -198,6 +205,45 @@ func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
 	return owners
 }
 
+// endedMeanwhile tells whether an owner that the C daemon knew by its own connection has ended before we could watch it:
+// there is no such process, and the connection that the kernel says was that process's is hung up. The C daemon would
+// have noticed, and nobody else will.
+func endedMeanwhile(s *state.Snapshot, from *state.Owner, o *owner.Owner) bool {
+	if from.Kind != state.Unknown || from.PID <= 0 || o.Kind() != owner.Unverified || s.Lock == nil {
+		return false
+	}
+	return slices.ContainsFunc(s.Lock.Clients, func(c state.Client) bool {
+		if !c.Registered || c.Owner.PID != from.PID {
+			return false
+		}
+		cred, err := unix.GetsockoptUcred(int(c.FD), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		if err != nil || cred.Pid != from.PID {
+			return false
+		}
+		fds := []unix.PollFd{{Fd: c.FD}}
+		n, err := unix.Poll(fds, 0)
+		return err == nil && n == 1 && fds[0].Revents&unix.POLLHUP != 0
+	})
+}
+
+// ownSockets tells whether a socket at one of our paths was inherited, and systemd has not passed it: then this process was a
+// daemon before, and may have locks.
+func ownSockets(p paths) bool {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil || os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
+		return false
+	}
+	return slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || !inherited(fd) {
+			return false
+		}
+		name, err := unix.Getsockname(fd)
+		at, ok := name.(*unix.SockaddrUnix)
+		return err == nil && ok && at.Name != "" && (at.Name == p.lockSocket || at.Name == p.adminSocket)
+	})
+}
+
 // heir is a lock that is being taken over.
 type heir struct {
 	dir   string
@@ -239,9 +285,16 @@ func (d *daemon) adoptLocks(s *state.Snapshot, owners []*owner.Owner) (n int) {
 	}
 	parts.Wait()
 	for i := range heirs {
+		if !heirs[i].done {
+			d.inherit(take, &heirs[i])
+		}
+	}
+	// Not before all others are converted: to open a file and close it again drops a POSIX lock that
+	// this process has on it under another name.
+	for i := range heirs {
 		h := &heirs[i]
-		if !h.done {
-			d.inherit(take, h)
+		if h.lock == nil {
+			d.lockAnew(h)
 		}
 		if d.adoptLock(h, owners) {
 			n++
@@ -293,15 +346,11 @@ func (d *daemon) adoptLock(h *heir, owners []*owner.Owner) bool {
 	return true
 }
 
-// inherit takes the lock over by its descriptor or, if that is not what the state says, takes it anew; then err
-// says why.
+// inherit takes the lock over by its descriptor, or says in err why that is not what the state says.
 func (d *daemon) inherit(take *filelock.Takeover, h *heir) {
 	h.done = true
 	res := h.res
-	mode := filelock.Exclusive
-	if res.Flags&lockspace.Shared != 0 {
-		mode = filelock.Shared
-	}
+	mode := modeOf(res)
 	switch {
 	case res.FD == state.NoFD:
 		h.err = errors.New("there is none")
@@ -312,15 +361,26 @@ func (d *daemon) inherit(take *filelock.Takeover, h *heir) {
 	default:
 		h.lock, h.found, h.err = take.Ours(res.Path, int(res.FD), mode, res.File)
 	}
-	if h.err == nil {
-		return
+	if h.err != nil {
+		h.lock = nil
 	}
-	lock, err := d.files.Lock(res.Path, mode, false)
+}
+
+// lockAnew takes a lock that could not be inherited; h.err says why.
+func (d *daemon) lockAnew(h *heir) {
+	lock, err := d.files.Lock(h.res.Path, modeOf(h.res), false)
 	if err != nil {
-		h.lock, h.err = nil, errors.Join(h.err, err)
+		h.err = errors.Join(h.err, err)
 		return
 	}
 	h.lock, h.found = lock, filelock.Regained
+}
+
+func modeOf(res *state.Resource) filelock.Mode {
+	if res.Flags&lockspace.Shared != 0 {
+		return filelock.Shared
+	}
+	return filelock.Exclusive
 }
 
 func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) {

@@ -50,8 +50,8 @@ var errReload = errors.New("the configuration is being read again")
 //	SIGUSR1   is held back, and then pending for a binary of ours; the C daemon would leave it blocked, so there it is ignored
 //	SIGHUP,   are ignored, since the Go run-time of the next binary neither holds them back nor survives them. It reads its
 //	SIGINT    configuration anyway
-//	SIGTERM   ends the process at once, from here on until the next binary has its handlers: the Go run-time does not
-//	          hold it back either, and to lose it would be worse
+//	SIGTERM,  end the process at once, from here on until the next binary has its handlers: the Go run-time does not
+//	SIGQUIT   hold them back either, and to lose them would be worse
 //
 // An error says that something has come that is to be worked off here.
 func (s *signals) prepareExec(ours bool) (undo func(), err error) {
@@ -76,17 +76,19 @@ func (s *signals) prepareExec(ours bool) (undo func(), err error) {
 	}
 	undone = append(undone, func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) })
 
-	// Stop returns when what the kernel has delivered has arrived in the channels.
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGQUIT} {
+		restore, err := defaultAction(sig)
+		if err != nil {
+			undo()
+			return nil, err
+		}
+		undone = append(undone, restore)
+	}
+	// Stop returns when what the kernel has delivered before that has arrived in the channels.
 	idle := make(chan os.Signal, 1)
 	signal.Notify(idle, syscall.SIGUSR2)
 	signal.Stop(idle)
 	signal.Ignore(syscall.SIGUSR2)
-	restore, err := defaultAction(syscall.SIGTERM)
-	if err != nil {
-		undo()
-		return nil, err
-	}
-	undone = append(undone, restore)
 	switch {
 	case len(s.stop) > 0:
 		err = errEnding

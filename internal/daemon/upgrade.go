@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -124,7 +123,7 @@ func (d *daemon) handOver(next *successor) {
 	var err error
 	for try := 1; ; try++ {
 		err = d.frozen(func(s *state.Snapshot) error { return d.replace(next, s, try == maxTries) })
-		if try == maxTries || !errors.Is(err, errHalf) && !errors.Is(err, errReload) {
+		if try == maxTries || !errors.Is(err, errHalf) && !errors.Is(err, errReload) && !errors.Is(err, errBusy) {
 			break
 		}
 		time.Sleep(retryPause)
@@ -203,31 +202,38 @@ func ask(ctx context.Context, path string) (state.Reader, error) {
 	cmd := exec.CommandContext(ctx, path, "--version")
 	cmd.Dir = "/"
 	cmd.WaitDelay = time.Second // for one that leaves a child behind with its output
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return fail(err)
-	}
+	var answer beginning
+	cmd.Stdout = &answer
 	if err := cmd.Start(); err != nil {
 		return fail(err)
 	}
-	answer, readErr := io.ReadAll(io.LimitReader(out, askOutput))
-	err = cmd.Wait()
-	switch {
-	case ctx.Err() != nil:
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }() // a child in state D is reaped when its disk answers
+	var err error
+	select {
+	case err = <-ended:
+	case <-ctx.Done():
 		return fail(fmt.Errorf("it did not answer --version within %v", askTime))
-	case err != nil:
-		return fail(fmt.Errorf("asked for --version: %w", err))
-	case readErr != nil:
-		return fail(readErr)
 	}
-	lines := bufio.NewScanner(bytes.NewReader(answer))
+	if err != nil {
+		return fail(fmt.Errorf("asked for --version: %w", err))
+	}
+	lines := bufio.NewScanner(bytes.NewReader(answer.b))
 	if !lines.Scan() || !strings.Contains(lines.Text(), " (libvirt) ") {
-		return fail(fmt.Errorf("asked for --version it says '%.80s'", bytes.TrimSpace(answer)))
+		return fail(fmt.Errorf("asked for --version it says '%.80s'", bytes.TrimSpace(answer.b)))
 	}
 	if lines.Scan() && strings.HasPrefix(lines.Text(), buildinfo.Product) {
 		return state.Ours, nil
 	}
 	return state.C, nil
+}
+
+// beginning keeps the first askOutput bytes that are written to it.
+type beginning struct{ b []byte }
+
+func (w *beginning) Write(p []byte) (int, error) {
+	w.b = append(w.b, p[:min(len(p), askOutput-len(w.b))]...)
+	return len(p), nil
 }
 
 // noCallStuck tells of a call on a local disk that takes too long. exec(2) waits for each thread, also for one that sleeps
@@ -244,8 +250,8 @@ func (d *daemon) noCallStuck() error {
 
 // frozen calls do with a picture of everything while nothing changes. When do returns, everything goes on.
 func (d *daemon) frozen(do func(*state.Snapshot) error) error {
-	start, frozen := time.Now(), monotonic()
-	deadline := start.Add(patience)
+	frozen := monotonic()
+	deadline := time.Now().Add(patience)
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // everybody waits, and mostly what is garbage now goes with the binary
 	servers := []*rpc.Server{d.lock, d.admin}
 	running := make([][]*rpc.Client, len(servers))
@@ -267,16 +273,8 @@ func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	}
 	d.owners.Freeze()
 	defer d.owners.Thaw()
-	for c := range hung {
-		if d.admin.Client(c.ID()) == c {
-			// Most likely it opens a log file: that is no worker's business.
-			return fmt.Errorf("a request of the administrator's client %d (pid %d) is being executed, and the upgrade would wait for it; try again when it has ended", c.ID(), c.PID())
-		}
-	}
-	if len(hung) > 0 {
-		if err := d.onlyWorkersHang(start, hung); err != nil {
-			return err
-		}
+	if err := d.nothingElseHangs(hung); err != nil {
+		return err
 	}
 	snapshot, err := d.snapshot(hung)
 	if err != nil {
@@ -290,21 +288,33 @@ func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	return do(snapshot)
 }
 
-// onlyWorkersHang tells whether exec would have to wait for a call that was begun before the freeze.
-func (d *daemon) onlyWorkersHang(frozen time.Time, hung map[*rpc.Client]bool) error {
-	for _, c := range d.files.InFlight() {
-		if c.Worker == 0 && c.Since.Before(frozen) && c.Mount == "" {
-			names := make([]string, 0, len(hung))
-			for client := range hung {
-				names = append(names, client.String())
-			}
-			slices.Sort(names)
-			return fmt.Errorf("the call %q on %s waits for its disk, and the upgrade would wait too; try again when it has ended (unanswered: %s)",
-				c.Op, c.Path, strings.Join(names, ", "))
+// nothingElseHangs tells whether exec would have to wait, or a client would lose its connection without need.
+// Everything is frozen, so what is still under way hangs, or has had bad luck: that may be over the next time.
+func (d *daemon) nothingElseHangs(hung map[*rpc.Client]bool) error {
+	unanswered := make([]string, 0, len(hung))
+	for c := range hung {
+		if d.admin.Client(c.ID()) == c {
+			// Most likely it opens a log file: that is no worker's business.
+			return fmt.Errorf("a request of the administrator's client %d (pid %d) is being executed, %w", c.ID(), c.PID(), errBusy)
 		}
+		unanswered = append(unanswered, c.String())
+	}
+	slices.Sort(unanswered)
+	left := false // to workers
+	for _, c := range d.files.InFlight() {
+		if c.Worker == 0 && c.Mount == "" {
+			return fmt.Errorf("the call %q on %s waits for its disk (unanswered: %s), %w", c.Op, c.Path, strings.Join(unanswered, ", "), errBusy)
+		}
+		left = true
+	}
+	if len(hung) > 0 && !left {
+		return fmt.Errorf("requests are being executed (%s), %w", strings.Join(unanswered, ", "), errBusy)
 	}
 	return nil
 }
+
+// errBusy says that exec would have to wait for a call.
+var errBusy = errors.New("and the upgrade would wait too; try again when that has ended")
 
 // snapshot puts together what every part says of itself. Everything is frozen.
 func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {

@@ -20,7 +20,7 @@ import (
 func (l *Lock) State() (fd int, file state.File) {
 	return int(l.fd), state.File{
 		Dev: l.id.Dev, Ino: l.id.Ino, Block: l.id.Block,
-		POSIX: l.kind == POSIX, Remote: l.mount != "",
+		POSIX: l.kind == POSIX, Remote: l.mount != "", Exclusive: l.mode == Exclusive,
 	}
 }
 
@@ -82,6 +82,9 @@ func (t *Takeover) Another() *Takeover { return &Takeover{takeover: t.takeover} 
 // closing it could drop a lock.
 func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock, Finding, error) {
 	id := FileID{Dev: file.Dev, Ino: file.Ino, Block: file.Block}
+	if file.Exclusive {
+		mode = Exclusive // never to be weakened, whatever this name of the file needs
+	}
 	l := &Lock{files: t.files, id: id, path: path, fd: int32(fd), mode: mode}
 	fail := func(err error) (*Lock, Finding, error) {
 		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, err)
@@ -111,6 +114,9 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 	// Ours already, so it is granted; if it is not, it was lost.
 	if errno := t.setLock(fd, unix.F_OFD_SETLK, lockType(mode)); errno != 0 {
 		l.mode = Shared // for Strengthen
+		if t.setLock(fd, unix.F_OFD_SETLK, unix.F_RDLCK) == 0 {
+			return l, Weakened, t.rejoin(l)
+		}
 		return l, Lost, nil
 	}
 	t.gap(fd, mode)
@@ -253,7 +259,9 @@ func (t *Takeover) share(s *scratch, l, first *Lock, key inode) (*Lock, Finding,
 		return nil, Lost, fmt.Errorf("cannot share the lock on %q: %w", l.path, errno)
 	}
 	found := Kept
-	if l.mode == Exclusive && first.mode == Shared {
+	if first.mode == Exclusive {
+		l.mode = Exclusive
+	} else if l.mode == Exclusive {
 		if s.setLock(copied, unix.F_OFD_SETLK, unix.F_WRLCK) == 0 {
 			first.mode = Exclusive
 			for _, other := range t.more[key] {

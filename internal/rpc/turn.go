@@ -149,6 +149,10 @@ func (c *Client) room(w *workspace, b *window, want int) bool {
 // park makes Thaw run the client.
 func (c *Client) park() verdict {
 	c.state.Or(stateParked)
+	// Thaw may have looked between our seeing the freeze and this: then we run on ourselves.
+	if !c.server.freezing.Load() && c.state.And(^uint32(stateParked))&stateParked != 0 {
+		c.state.Or(stateEvent)
+	}
 	return frozen
 }
 

@@ -905,7 +905,7 @@ func (d *decoder) resource(rs []pending, index int) []pending {
 // take returns the numbers from start on. Thousands of lists with one number each share their memory.
 func (d *decoder) take(start int) []int32 { return slices.Clip(d.numbers[start:]) }
 
-var resourceExtraKeys = []string{"owners", "dev", "ino", "block", "posix", "remote"}
+var resourceExtraKeys = []string{"owners", "dev", "ino", "block", "posix", "remote", "exclusive"}
 
 func (d *decoder) resourceExtra(r *pending) {
 	_, ok := d.object(resourceExtraKeys, func(k int) {
@@ -924,6 +924,8 @@ func (d *decoder) resourceExtra(r *pending) {
 			r.file.POSIX = d.boolean(false)
 		case "remote":
 			r.file.Remote = d.boolean(false)
+		case "exclusive":
+			r.file.Exclusive = d.boolean(false)
 		}
 	})
 	if !ok {

@@ -467,5 +467,6 @@ func (e *encoder) resourceExtra(r *Resource) {
 	e.yes("block", r.File.Block)
 	e.yes("posix", r.File.POSIX)
 	e.yes("remote", r.File.Remote)
+	e.yes("exclusive", r.File.Exclusive)
 	end()
 }

@@ -142,7 +142,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 					Held: rapid.Bool().Draw(t, "held"), Flags: rapid.Uint32().Draw(t, "flags"),
 					File: File{
 						Dev: rapid.Uint64().Draw(t, "dev"), Ino: rapid.Uint64().Draw(t, "ino"), Block: rapid.Bool().Draw(t, "block"),
-						POSIX: rapid.Bool().Draw(t, "posix"), Remote: rapid.Bool().Draw(t, "remote"),
+						POSIX: rapid.Bool().Draw(t, "posix"), Remote: rapid.Bool().Draw(t, "remote"), Exclusive: rapid.Bool().Draw(t, "exclusive"),
 					},
 				}
 				if rapid.IntRange(0, 5).Draw(t, "lost") > 0 {

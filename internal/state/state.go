@@ -184,6 +184,9 @@ type File struct {
 	Block    bool
 	POSIX    bool // the lock is a POSIX record lock
 	Remote   bool // calls on it may hang
+	// Exclusive says that the kernel's lock is, though the resource may be shared: the C daemon let two names
+	// of one file be held in different modes.
+	Exclusive bool
 }
 
 // appendUUID appends the usual form of 36 characters.
