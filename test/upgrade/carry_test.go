@@ -262,6 +262,21 @@ func TestCarriesCommandLine(t *testing.T) {
 	eventually(t, "end", func() bool { return errors.Is(unix.Kill(pid, 0), unix.ESRCH) || !h.Exists(host.Cwd+"/own.pid") })
 }
 
+// The directory that it was started in may be gone. That is no reason to end with every lock.
+func TestWorkingDirectoryIsGone(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	const dir = "/tmp/started-here"
+	h.Must(func() error { return os.Mkdir(dir, 0o755) })
+	m := startOn(t, h, host.Ours(t), host.Options{Dir: dir})
+	c := m.Client(noOne)
+	must(t, c.Acquire("", host.Data+"/a", wire.Autocreate))
+	h.Must(func() error { return os.Remove(dir) })
+	m.hop(host.Ours(t))
+	must(t, c.Release("", host.Data+"/a"))
+	must(t, c.Acquire("", host.Data+"/a", wire.Autocreate))
+}
+
 // A timeout that was set at run time goes on.
 func TestCarriesTimeout(t *testing.T) {
 	t.Parallel()

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"syscall"
@@ -45,11 +47,12 @@ type handed struct {
 
 // damages are what can be wrong, by name.
 var damages = map[string]func(h *handed) error{
-	"nothing":     func(*handed) error { return nil },
-	"magic":       func(h *handed) error { h.state["magic"] = "99999999"; return nil },
-	"no magic":    func(h *handed) error { delete(h.state, "magic"); return nil },
-	"broken JSON": func(h *handed) error { h.text = []byte(`{"magic":`); return nil },
-	"empty file":  func(h *handed) error { h.text = []byte{}; return nil },
+	"nothing":           func(*handed) error { return nil },
+	"magic":             func(h *handed) error { h.state["magic"] = "99999999"; return nil },
+	"no magic":          func(h *handed) error { delete(h.state, "magic"); return nil },
+	"broken JSON":       func(h *handed) error { h.text = []byte(`{"magic":`); return nil },
+	"empty file":        func(h *handed) error { h.text = []byte{}; return nil },
+	"a guest has ended": endedGuest,
 	"others may write": func(h *handed) error {
 		h.mode = 0o666
 		return nil
@@ -93,6 +96,29 @@ var damages = map[string]func(h *handed) error{
 		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
 		return errors.Join(err, swap(listener(h), pair[0]))
 	},
+}
+
+// endedGuest makes the first lock that of a process that has connected itself, and has ended.
+func endedGuest(h *handed) error {
+	cmd := &exec.Cmd{Path: "/proc/self/exe", Args: []string{"caller"}, Env: append(os.Environ(), partEnv+"=caller")}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	fd, _, err := unix.Accept4(listener(h)["fd"].(int), unix.SOCK_NONBLOCK)
+	if err != nil {
+		return err
+	}
+	if err := cmd.Wait(); err != nil {
+		return err
+	}
+	guest := maps.Clone(h.clients[0])
+	guest["id"], guest["sock"] = giverClients+1, object{"fd": fd, "errfd": -1, "pid": 0, "isClient": true, "unlinkUNIX": false}
+	data := maps.Clone(guest["privateData"].(object))
+	data["ownerPid"], data["restricted"] = cmd.Process.Pid, true
+	guest["privateData"] = data
+	h.server["clients"], h.server["next_client_id"] = append(h.clients, guest), giverClients+2
+	h.locks[0]["owners"] = []int{cmd.Process.Pid}
+	return nil
 }
 
 // swap puts another descriptor in the place of one, which is closed.
@@ -215,7 +241,7 @@ func (g *given) dial() *wire.Conn {
 	return c
 }
 
-func receive(t *testing.T, damage string) *given {
+func receive(t *testing.T, damage string, args ...string) *given {
 	t.Helper()
 	h := host.New(t)
 	m := &machine{Host: h, t: t}
@@ -224,7 +250,7 @@ func receive(t *testing.T, damage string) *given {
 	h.WriteFile(giverSpec, damage, 0o600)
 	h.WriteFile(host.Data+"/another", "", 0o600)
 	h.WriteFile("/tmp/g.conf", `log_level = 2`+"\n"+`log_outputs = "1:file:`+giverLog+`"`+"\n", 0o600)
-	cmd := m.command("giver", host.Ours(t), "-f", "/tmp/g.conf")
+	cmd := m.command("giver", append([]string{host.Ours(t), "-f", "/tmp/g.conf"}, args...)...)
 	m.Must(cmd.Start)
 	g.pid = cmd.Process.Pid
 	go func() {
@@ -256,6 +282,38 @@ func (g *given) ended() bool {
 		return true
 	default:
 		return false
+	}
+}
+
+// A guest that ends while the C daemon hands over is told of by its connection alone. Its locks do not stay for nobody.
+func TestGuestEndsDuringHandOver(t *testing.T) {
+	t.Parallel()
+	g := receive(t, "a guest has ended")
+	eventually(t, "its lock is given up", func() bool { return g.Free(giverLock(0), true) })
+	if g.Free(giverLock(1), true) {
+		t.Error("another's lock is free")
+	}
+	other := g.dial()
+	must(t, other.Register(wire.VM(noOneElse)))
+	must(t, other.Acquire("", giverLock(0), 0))
+}
+
+// A daemon that was detached does not leave its process, and so its locks, for a state file that is of no use.
+func TestFaultyStateDetached(t *testing.T) {
+	t.Parallel()
+	for _, damage := range []string{"nothing", "magic", "broken JSON", "others may write"} {
+		t.Run(damage, func(t *testing.T) {
+			t.Parallel()
+			g := receive(t, damage, "-d")
+			for i := range 3 {
+				if g.Free(giverLock(i), true) {
+					t.Errorf("lock %d is free in the kernel", i)
+				}
+			}
+			if g.ended() {
+				t.Error("the daemon has left its process")
+			}
+		})
 	}
 }
 
