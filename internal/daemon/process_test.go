@@ -910,7 +910,9 @@ func TestSignalsDuringStart(t *testing.T) {
 				}
 			}
 			d.Client(strangerPID)
-			if code := d.Stop(); code != 0 {
+			// SIGUSR1 has begun a live upgrade, and there is an instant in which SIGTERM ends it at once (see
+			// TestTermDuringUpgrade in test/upgrade).
+			if code := d.Stop(); code != 0 && code != -1-int(syscall.SIGTERM) {
 				t.Errorf("exit code %d", code)
 			}
 			continue
