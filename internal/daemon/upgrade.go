@@ -529,6 +529,16 @@ func (d *daemon) execute(next *successor) error {
 		return err
 	}
 	defer undo()
+	if next.reader == state.C && d.pidFile != nil {
+		if err := d.pidFile.Yield(); err != nil {
+			return err
+		}
+		defer func() {
+			if err := d.pidFile.Regain(); err != nil {
+				d.log.Error("the pid file is somebody else's now; locks are kept", "error", err)
+			}
+		}()
+	}
 	if len(d.asked) > 0 {
 		return errEnding
 	}

@@ -179,6 +179,26 @@ func (f *File) Remove() error {
 // FD returns the descriptor that the lock is on, to be handed over to another binary in this process.
 func (f *File) FD() int { return f.fd }
 
+// Yield gives up the lock and keeps the file, for a binary in this process that locks it anew: the C daemon. To
+// leave the unlocking to close(2) is not enough, since whoever looks at /proc/PID/fd just then keeps the file open
+// for a moment.
+func (f *File) Yield() error { return f.setLock(unix.F_UNLCK) }
+
+// Regain takes back what Yield gave up, unless somebody else has it now: then the error is a *LockedError.
+func (f *File) Regain() error { return f.setLock(unix.F_WRLCK) }
+
+func (f *File) setLock(kind int16) error {
+	lock := unix.Flock_t{Type: kind, Whence: unix.SEEK_SET, Start: 0, Len: 1}
+	switch err := unix.FcntlFlock(uintptr(f.fd), unix.F_OFD_SETLK, &lock); err {
+	case nil:
+		return nil
+	case unix.EAGAIN, unix.EACCES:
+		return &LockedError{f.path, holder(f.fd)}
+	default:
+		return &Error{"acquire", f.path, err}
+	}
+}
+
 // Adopt goes on with the pid file at path that another binary in this process has locked with fd. If
 // there is an error, fd is left as it is.
 func Adopt(path string, fd int) (*File, error) {

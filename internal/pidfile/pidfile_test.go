@@ -215,3 +215,42 @@ func TestAcquireRacesRemove(t *testing.T) {
 		}
 	}
 }
+
+// What was yielded can be regained, unless somebody else has it.
+func TestYield(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "pid")
+	f, err := Acquire(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var locked *LockedError
+	if _, err := Acquire(path); !errors.As(err, &locked) {
+		t.Fatalf("while it is locked: %v", err)
+	}
+	// Another reference to the open file does not keep the lock.
+	other, err := unix.FcntlInt(uintptr(f.FD()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(other)
+	if err := f.Yield(); err != nil {
+		t.Fatal(err)
+	}
+	g, err := Acquire(path)
+	if err != nil {
+		t.Fatalf("while it is yielded: %v", err)
+	}
+	if err := f.Regain(); !errors.As(err, &locked) {
+		t.Errorf("while somebody else has it: %v", err)
+	}
+	if err := g.Yield(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Regain(); err != nil {
+		t.Error(err)
+	}
+	if err := f.Remove(); err != nil {
+		t.Error(err)
+	}
+}

@@ -195,19 +195,24 @@ func TestNotifies(t *testing.T) {
 	m.turn(gone)
 	m.fails("cannot run")
 	m.Stop()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var got []string
-	for _, s := range m.said {
-		first, rest, _ := strings.Cut(s, "\n")
-		got = append(got, first)
-		if first == "RELOADING=1" && !strings.HasPrefix(rest, "MONOTONIC_USEC=") {
-			t.Errorf("RELOADING=1 comes with %q", rest)
-		}
-	}
 	// The third is the one that fails late.
-	if want := "READY=1 RELOADING=1 READY=1 RELOADING=1 READY=1 RELOADING=1 READY=1 STOPPING=1"; strings.Join(got, " ") != want {
-		t.Errorf("got  %s\nwant %s", strings.Join(got, " "), want)
+	const want = "READY=1 RELOADING=1 READY=1 RELOADING=1 READY=1 RELOADING=1 READY=1 STOPPING=1"
+	var got string
+	if !host.Eventually(func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		var words []string
+		for _, s := range m.said {
+			first, rest, _ := strings.Cut(s, "\n")
+			words = append(words, first)
+			if first == "RELOADING=1" && !strings.HasPrefix(rest, "MONOTONIC_USEC=") {
+				t.Errorf("RELOADING=1 comes with %q", rest)
+			}
+		}
+		got = strings.Join(words, " ")
+		return got == want
+	}) {
+		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }
 

@@ -427,3 +427,31 @@ func TestOddNames(t *testing.T) {
 	must(t, odd.Release("", host.Data+"/plain"))
 	must(t, g.conn.Ping())
 }
+
+// Whoever looks at the daemon's descriptors holds them for an instant, also those that exec has just closed. The C daemon must get the
+// lock on its pid file all the same, without which it would end.
+func TestWatched(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	locks := m.hold()
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		dir := fmt.Sprintf("/proc/%d/fd/", m.PID())
+		for fd := 0; ; fd = (fd + 1) % 32 {
+			select {
+			case <-stop:
+				return
+			default:
+				_, _ = os.Readlink(dir + fmt.Sprint(fd)) // there may be none
+			}
+		}
+	}()
+	for range 8 {
+		m.hop(host.C(t))
+		m.hop(host.Ours(t))
+	}
+	close(stop)
+	<-stopped
+	locks.check(m)
+}
