@@ -102,6 +102,7 @@ var errEnding = errors.New("the daemon was asked to end")
 type successor struct {
 	path   string
 	reader state.Reader
+	file   identity
 }
 
 func (d *daemon) findSuccessor(ctx context.Context) (*successor, error) {
@@ -109,12 +110,35 @@ func (d *daemon) findSuccessor(ctx context.Context) (*successor, error) {
 	if err != nil {
 		return nil, err
 	}
+	file, err := identify(path)
+	if err != nil {
+		return nil, err
+	}
 	reader, err := ask(ctx, path)
 	if err != nil {
 		return nil, err
 	}
-	return &successor{path, reader}, nil
+	return &successor{path, reader, file}, nil
 }
+
+// identity tells a program from another one that is put in its place, or written over it.
+type identity struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime int64
+}
+
+func identify(path string) (identity, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return identity{}, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return identity{uint64(st.Dev), st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()}, nil //nolint:unconvert // other widths on other architectures
+}
+
+// errReplaced says that the program that was asked is not the one that is there now. That may be the C daemon, which
+// could not go on with what was written for ours.
+var errReplaced = errors.New("the program was replaced after it was asked who it is")
 
 // handOver goes on with the successor. It returns only if that is not possible.
 func (d *daemon) handOver(next *successor) {
@@ -127,6 +151,14 @@ func (d *daemon) handOver(next *successor) {
 			break
 		}
 		time.Sleep(retryPause)
+	}
+	if errors.Is(err, errReplaced) {
+		d.log.Info("SIGUSR1: live upgrade begins anew", "reason", err)
+		select {
+		case d.signals.upgrade <- unix.SIGUSR1:
+		default: // another one was asked for anyway
+		}
+		return
 	}
 	d.upgradeFailed(err)
 }
@@ -541,6 +573,9 @@ func (d *daemon) execute(next *successor) error {
 	}
 	if len(d.asked) > 0 {
 		return errEnding
+	}
+	if now, err := identify(next.path); err == nil && now != next.file {
+		return errReplaced
 	}
 	return fmt.Errorf("cannot run %s: %w", next.path, os.NewSyscallError("execve", syscall.Exec(next.path, os.Args, os.Environ())))
 }

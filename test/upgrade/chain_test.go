@@ -381,11 +381,11 @@ func TestHalfRequestForC(t *testing.T) {
 		must(t, m.owner(noOne, "fence").Ping())
 	}
 	m.turn(host.C(t))
-	before := m.readies()
+	mark := m.mark()
 	m.Signal(syscall.SIGUSR1)
 	time.Sleep(20 * time.Millisecond)
 	must(t, soon.Send(frame[30:]))
-	eventually(t, "upgrade", func() bool { return m.readies() > before })
+	eventually(t, "upgrade", func() bool { return m.upgraded(mark) })
 	reply, err := soon.Recv()
 	must(t, err)
 	must(t, reply.Err())

@@ -4,6 +4,7 @@ package upgrade
 
 import (
 	"encoding/binary"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -86,7 +87,7 @@ var faults = []fault{
 	{name: "failing", said: "exit status 3", cause: program(script(version+"exit 3"), 0o755)},
 	{name: "gone when it is to run", said: "cannot run " + link + ": execve: no such file or directory",
 		cause: program(script(version+"rm "+bad), 0o755)},
-	{name: "without interpreter when it is to run", said: "cannot run " + link + ": execve: no such file or directory",
+	{name: "without interpreter when it is to run", said: "is not fit to go on with: fork/exec " + link + ": no such file or directory",
 		cause: program(script(version+"echo '#!/nowhere' > "+bad+".new; chmod 755 "+bad+".new; mv "+bad+".new "+bad), 0o755)},
 	{name: "C, and gone when it is to run", said: "cannot run " + link + ": execve: no such file or directory",
 		cause: program(script(`echo "virtlockd (libvirt) 9.0.0"; rm `+bad), 0o755)},
@@ -221,16 +222,16 @@ func TestReloadWithUpgrade(t *testing.T) {
 	for i := range 40 {
 		want := uint32(100 + i)
 		m.WriteFile("/tmp/virtlockd.conf", "log_level = 2\nmax_clients = "+itoa(want)+"\n", 0o644)
-		before := m.readies()
+		mark := m.mark()
 		if i%2 == 0 {
 			m.Signal(syscall.SIGHUP)
 			m.Signal(syscall.SIGUSR1)
-			eventually(t, "upgrade", func() bool { return m.readies() > before })
+			eventually(t, "upgrade", func() bool { return m.upgraded(mark) })
 		} else {
 			m.Signal(syscall.SIGUSR1)
 			time.Sleep(time.Duration(rand.IntN(8000)) * time.Microsecond)
 			m.Signal(syscall.SIGHUP)
-			eventually(t, "upgrade", func() bool { return m.readies() > before })
+			eventually(t, "upgrade", func() bool { return m.upgraded(mark) })
 			must(t, admin.Ping())
 			m.Signal(syscall.SIGHUP)
 		}
@@ -282,5 +283,38 @@ func TestTermDuringUpgrade(t *testing.T) {
 	must(t, c.Release("", lease))
 	if m.Exists(lease) {
 		t.Error("a lease file is left")
+	}
+}
+
+// A program that takes the place of the one that was just asked is asked, too: it may be the C daemon, which can't go on with what
+// was written for ours.
+func TestReplacedMeanwhile(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	// It answers as ours does, and is the C daemon afterwards.
+	m.WriteFile(bad, script(version+"rm "+bad+"; ln -s "+host.C(t)+" "+bad), 0o755)
+	m.turn(bad)
+	m.Signal(syscall.SIGUSR1)
+	exe := fmt.Sprintf("/proc/%d/exe", m.PID())
+	eventually(t, "the C daemon has taken over", func() bool {
+		now, _ := os.Readlink(exe) // in the middle of an exec there is none
+		return now == host.C(t)
+	})
+	m.isC = true
+	must(t, m.Client(noOneElse).Ping())
+	m.says("live upgrade begins anew", "was replaced")
+	locks.check(m)
+	for _, path := range locks.paths {
+		if m.Free(path, true) {
+			t.Errorf("%s is free", path)
+		}
+	}
+	must(t, locks.conn.Acquire("", host.Data+"/more", wire.Autocreate))
+	m.hop(host.Ours(t))
+	locks.check(m)
+	if seen, _ := outside.end(t); len(seen) > 0 {
+		t.Errorf("from outside: %q", seen)
 	}
 }

@@ -69,6 +69,7 @@ type machine struct {
 	*host.Daemon
 	t       testing.TB
 	options host.Options
+	isC     bool // the running daemon is the C one
 
 	mu   sync.Mutex
 	said []string // to systemd
@@ -124,8 +125,10 @@ func (m *machine) again(binary string) {
 
 func (m *machine) launch(binary string) {
 	m.t.Helper()
+	said := m.things()
 	d := m.Start(binary, m.options)
-	m.Daemon = d
+	m.Daemon, m.isC = d, binary == host.C(m.t)
+	eventually(m.t, "the daemon says that it is ready", func() bool { return m.ready(said) })
 	m.t.Cleanup(func() {
 		if strings.Contains(d.Stderr(), "DATA RACE") { // with a binary that looks for them: VIRTLOCKD_BINARY
 			m.t.Error("there is a data race")
@@ -147,16 +150,35 @@ func (m *machine) turn(binary string) {
 	})
 }
 
-// readies is how often the daemon has said that it is ready.
-func (m *machine) readies() (n int) {
+// mark is a moment in the life of a daemon.
+type mark struct{ said, handed, failed int }
+
+// mark is now.
+func (m *machine) mark() mark {
+	m.t.Helper()
+	return mark{m.things(), m.handed(), m.failures()}
+}
+
+// things is how many things it has said to systemd.
+func (m *machine) things() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, s := range m.said {
-		if slices.Contains(strings.Split(s, "\n"), "READY=1") {
-			n++
-		}
-	}
-	return n
+	return len(m.said)
+}
+
+// ready tells whether the daemon has said so since it had said n things.
+func (m *machine) ready(n int) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.ContainsFunc(m.said[n:], func(s string) bool { return strings.HasPrefix(s, "READY=1") })
+}
+
+// handed is how often the log says that everything is handed over to the next binary.
+func (m *machine) handed() int { return strings.Count(m.Stderr(), "the new binary takes over") }
+
+// upgraded tells whether another binary is ready.
+func (m *machine) upgraded(since mark) bool {
+	return m.ready(since.said) && (m.isC || m.handed() > since.handed)
 }
 
 // hop upgrades to a binary and returns when that is ready.
@@ -164,15 +186,21 @@ func (m *machine) hop(binary string) {
 	m.t.Helper()
 	m.turn(binary)
 	m.usr1()
+	m.isC = binary == host.C(m.t)
 }
 
 // usr1 upgrades to what the link leads to.
 func (m *machine) usr1() {
 	m.t.Helper()
-	before, failed := m.readies(), m.failures()
+	mark := m.mark()
 	m.Signal(syscall.SIGUSR1)
-	if !host.Eventually(func() bool { return m.readies() > before || m.failures() > failed || !m.Alive() }) ||
-		m.failures() > failed || !m.Alive() {
+	m.await(mark)
+}
+
+func (m *machine) await(mark mark) {
+	m.t.Helper()
+	failed := func() bool { return m.failures() > mark.failed || !m.Alive() }
+	if !host.Eventually(func() bool { return m.upgraded(mark) || failed() }) || failed() {
 		m.t.Fatalf("no upgrade\n%s", host.Shorten(m.Stderr()))
 	}
 }

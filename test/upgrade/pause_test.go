@@ -50,7 +50,7 @@ func lockName(i int) string { return fmt.Sprintf("%064x", i) }
 func (m *machine) pause(binary string) time.Duration {
 	m.t.Helper()
 	m.turn(binary)
-	before := m.readies()
+	mark := m.mark()
 	var longest time.Duration
 	signalled := time.Time{}
 	c := m.Client(noOneElse)
@@ -71,7 +71,7 @@ func (m *machine) pause(binary string) time.Duration {
 		case i == 200:
 			m.Signal(syscall.SIGUSR1)
 			signalled = now
-		case i > 200 && i%2 == 1 && m.readies() > before && now.Sub(signalled) > 50*time.Millisecond:
+		case i > 200 && i%2 == 1 && m.upgraded(mark) && now.Sub(signalled) > 50*time.Millisecond:
 			c.Close()
 			return longest
 		case i > 200 && (m.failures() > 0 || now.Sub(signalled) > host.Patience):
