@@ -39,6 +39,7 @@ LDFLAGS = -s -w \
 BIN = bin/virtlockd
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
+# The tests of the whole daemon build it themselves, which the cache of test results does not see: -count=1.
 # The race detector watches the packages whose code runs in the test's own process; the tests of the
 # whole daemon run the real binary.
 RACED = ./cmd/... ./internal/...
@@ -59,7 +60,7 @@ demo: build
 
 test: setup build
 	$(GO) test -race -timeout 10m $(TESTFLAGS) $(RACED)
-	$(GO) test -timeout 15m $(TESTFLAGS) $$($(GO) list ./... | grep -vE '^virtlockd/(cmd|internal)(/|$$)')
+	$(GO) test -count=1 -timeout 15m $(TESTFLAGS) $$($(GO) list ./... | grep -vE '^virtlockd/(cmd|internal)(/|$$)')
 
 storm: setup
 	UPGRADES=1000 $(GO) test -count=1 -v -timeout 30m -run '^TestStorm$$' ./test/upgrade
