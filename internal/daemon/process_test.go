@@ -744,8 +744,8 @@ func TestDetachLogsToFile(t *testing.T) {
 			})
 			tt.options.Args = []string{"-v"}
 			b := startBackground(t, h, tt.options)
-			unix.Kill(b.pid, unix.SIGUSR1)
-			if !host.Eventually(func() bool { return h.Exists(tt.log) && strings.Contains(h.ReadFile(tt.log), "SIGUSR1") }) {
+			unix.Kill(b.pid, unix.SIGHUP)
+			if !host.Eventually(func() bool { return h.Exists(tt.log) && strings.Contains(h.ReadFile(tt.log), "SIGHUP") }) {
 				t.Fatal("nothing in the log file")
 			}
 			if got := mode(t, h, tt.log); got != 0o600 {
