@@ -133,7 +133,7 @@ func identify(path string) (identity, error) {
 	if err := unix.Stat(path, &st); err != nil {
 		return identity{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return identity{uint64(st.Dev), st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()}, nil //nolint:unconvert // other widths on other architectures
+	return identity{uint64(st.Dev), st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()}, nil // other widths on other architectures
 }
 
 // errReplaced says that the program that was asked is not the one that is there now. That may be the C daemon, which

@@ -207,7 +207,7 @@ func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
 	}
 	closeOnExec(fd)
 	l := &Lock{files: t.files, id: info.id, path: path, fd: int32(fd), mode: mode}
-	key := inode{uint64(s.st.Dev), s.st.Ino} //nolint:unconvert // other widths on other architectures
+	key := inode{uint64(s.st.Dev), s.st.Ino} // other widths on other architectures
 	if first := t.known[key]; first != nil {
 		return t.share(s, l, first, key)
 	}

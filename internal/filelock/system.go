@@ -50,7 +50,7 @@ func makeInfo(dev, ino, rdev, size uint64, mode uint32) fileInfo {
 }
 
 func infoOfStat(st *unix.Stat_t) fileInfo {
-	return makeInfo(uint64(st.Dev), st.Ino, uint64(st.Rdev), uint64(st.Size), st.Mode) //nolint:unconvert // other widths on other architectures
+	return makeInfo(uint64(st.Dev), st.Ino, uint64(st.Rdev), uint64(st.Size), st.Mode) // other widths on other architectures
 }
 
 // setPath puts path and a NUL into the buffer. The path is known to be
