@@ -80,6 +80,16 @@ func notInherited(fd int32) error {
 	return fmt.Errorf("descriptor %d was not handed over to this program", fd)
 }
 
+// ofSocket returns which of our paths a descriptor is a socket or a connection at, "" if it is none.
+func (p paths) ofSocket(fd int) string {
+	name, err := unix.Getsockname(fd)
+	at, ok := name.(*unix.SockaddrUnix)
+	if err != nil || !ok || at.Name != p.lockSocket && at.Name != p.adminSocket {
+		return ""
+	}
+	return at.Name
+}
+
 // dismissStrays looks for descriptors that were inherited and that nobody has taken over. A socket of ours is closed, so that
 // whoever is at its other end learns of it. Anything else stays open: it may hold a lock, and then its file is
 // safe at least until the daemon ends.
@@ -95,13 +105,7 @@ func (d *daemon) dismissStrays() {
 		if err != nil || !inherited(fd) {
 			continue
 		}
-		path := ""
-		if name, err := unix.Getsockname(fd); err == nil {
-			if at, ok := name.(*unix.SockaddrUnix); ok {
-				path = at.Name
-			}
-		}
-		if path != "" && (path == d.paths.lockSocket || path == d.paths.adminSocket) {
+		if path := d.paths.ofSocket(fd); path != "" {
 			d.log.Error("a connection or socket of the program before this one was not taken over, it is closed", "descriptor", fd, "path", path)
 			_ = unix.Shutdown(fd, unix.SHUT_RDWR) // a copy elsewhere must not keep the other end waiting
 			unix.Close(fd)
@@ -235,12 +239,7 @@ func ownSockets(p paths) bool {
 	}
 	return slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
 		fd, err := strconv.Atoi(e.Name())
-		if err != nil || !inherited(fd) {
-			return false
-		}
-		name, err := unix.Getsockname(fd)
-		at, ok := name.(*unix.SockaddrUnix)
-		return err == nil && ok && at.Name != "" && (at.Name == p.lockSocket || at.Name == p.adminSocket)
+		return err == nil && inherited(fd) && p.ofSocket(fd) != ""
 	})
 }
 

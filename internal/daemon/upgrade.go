@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -382,21 +383,31 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 		s.Timeout = &timeout
 	}
 	d.saveLogSettings(s)
-	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
-		for i := range rs {
-			if rs[i].File.POSIX {
-				return nil, fmt.Errorf("%s has only a POSIX record lock, because its file system or kernel refuses better ones, and that is not handed over; try again when it is released", rs[i].Path)
-			}
+	for r := range resources(s) {
+		if r.File.POSIX {
+			return nil, fmt.Errorf("%s has only a POSIX record lock, because its file system or kernel refuses better ones, and that is not handed over; try again when it is released", r.Path)
 		}
 	}
 	return s, nil
 }
 
-func resourcesOf(spaces []state.Lockspace) (all [][]state.Resource) {
-	for i := range spaces {
-		all = append(all, spaces[i].Resources)
+// resources yields those of all lockspaces.
+func resources(s *state.Snapshot) iter.Seq[*state.Resource] {
+	return func(yield func(*state.Resource) bool) {
+		for i := range s.Default {
+			if !yield(&s.Default[i]) {
+				return
+			}
+		}
+		for i := range s.Lockspaces {
+			rs := s.Lockspaces[i].Resources
+			for j := range rs {
+				if !yield(&rs[j]) {
+					return
+				}
+			}
+		}
 	}
-	return all
 }
 
 func (d *daemon) unlinksSocket(fd int) bool {
@@ -462,18 +473,16 @@ func countLocks(s *state.Snapshot) int {
 
 // digest makes of a snapshot one that the C daemon can go on with, or says why that is impossible.
 func (d *daemon) digest(s *state.Snapshot, cut bool) (copies []int, err error) {
-	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
-		for i := range rs {
-			if !rs[i].File.Remote {
-				continue
-			}
-			fd, err := filelock.PeekCell(int(rs[i].FD))
-			if err != nil {
-				return copies, fmt.Errorf("the lock on %s cannot be handed over to the C daemon: %w", rs[i].Path, err)
-			}
-			copies = append(copies, fd)
-			rs[i].FD = int32(fd)
+	for r := range resources(s) {
+		if !r.File.Remote {
+			continue
 		}
+		fd, err := filelock.PeekCell(int(r.FD))
+		if err != nil {
+			return copies, fmt.Errorf("the lock on %s cannot be handed over to the C daemon: %w", r.Path, err)
+		}
+		copies = append(copies, fd)
+		r.FD = int32(fd)
 	}
 	s.PIDFile = state.NoFD // it locks the file anew, with a lock that ours would refuse
 	for i := range s.Lock.Clients {
@@ -524,10 +533,8 @@ func descriptors(s *state.Snapshot, reader state.Reader) (fds []int32) {
 			add(server.Clients[i].FD)
 		}
 	}
-	for _, rs := range append([][]state.Resource{s.Default}, resourcesOf(s.Lockspaces)...) {
-		for i := range rs {
-			add(rs[i].FD)
-		}
+	for r := range resources(s) {
+		add(r.FD)
 	}
 	if reader == state.Ours {
 		for i := range s.Owners {

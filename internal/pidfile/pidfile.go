@@ -155,9 +155,6 @@ func holder(fd int) int {
 	return pid
 }
 
-// Path returns the path that Acquire was given.
-func (f *File) Path() string { return f.path }
-
 // Remove unlinks the file if it is still ours and gives up the lock. The file isn't usable afterwards.
 func (f *File) Remove() error {
 	defer unix.Close(f.fd)
