@@ -54,6 +54,7 @@ type procedure struct {
 	function string
 	layout   layout
 	flags    uint32 // those that it knows
+	changes  bool   // something: refused to clients that can only look
 	notFound wording
 	run      func(p *Program, c *rpc.Client, a *args, out []byte) ([]byte, error)
 }
@@ -66,20 +67,20 @@ var procedures = [...]procedure{
 	4:  {function: "adminConnectListServers", layout: layout{results: true, flags: true}, run: (*Program).listServers},
 	5:  {layout: layout{server: true, flags: true}, run: (*Program).lookupServer},
 	6:  {function: "adminServerGetThreadPoolParameters", layout: layout{server: true, flags: true}, run: (*Program).threadPool},
-	7:  {function: "adminServerSetThreadPoolParameters", layout: layout{server: true, params: true, flags: true}, notFound: reworded, run: (*Program).setThreadPool},
+	7:  {function: "adminServerSetThreadPoolParameters", changes: true, layout: layout{server: true, params: true, flags: true}, notFound: reworded, run: (*Program).setThreadPool},
 	8:  {function: "adminServerListClients", layout: layout{server: true, results: true, flags: true}, run: (*Program).listClients},
 	9:  {function: "adminServerLookupClient", layout: layout{server: true, id: true, flags: true}, run: (*Program).lookupClient},
 	10: {function: "adminClientGetInfo", layout: layout{server: true, client: true, flags: true}, notFound: reworded, run: (*Program).clientInfo},
-	11: {function: "adminClientClose", layout: layout{server: true, client: true, flags: true}, run: (*Program).closeClient},
+	11: {function: "adminClientClose", changes: true, layout: layout{server: true, client: true, flags: true}, run: (*Program).closeClient},
 	12: {function: "adminServerGetClientLimits", layout: layout{server: true, flags: true}, run: (*Program).limits},
-	13: {function: "adminServerSetClientLimits", layout: layout{server: true, params: true, flags: true}, notFound: reworded, run: (*Program).setLimits},
+	13: {function: "adminServerSetClientLimits", changes: true, layout: layout{server: true, params: true, flags: true}, notFound: reworded, run: (*Program).setLimits},
 	14: {function: "adminConnectGetLoggingOutputs", layout: layout{flags: true}, run: (*Program).outputs},
 	15: {function: "adminConnectGetLoggingFilters", layout: layout{flags: true}, run: (*Program).filters},
-	16: {function: "adminConnectSetLoggingOutputs", layout: layout{text: true, flags: true}, run: (*Program).setOutputs},
-	17: {function: "adminConnectSetLoggingFilters", layout: layout{text: true, flags: true}, run: (*Program).setFilters},
-	18: {function: "adminServerUpdateTlsFiles", layout: layout{server: true, flags: true}, run: (*Program).updateTLS},
-	19: {function: "adminConnectSetDaemonTimeout", layout: layout{seconds: true, flags: true}, run: (*Program).setTimeout},
-	20: {function: "adminConnectDaemonShutdown", layout: layout{flags: true}, flags: preserve, run: (*Program).shutdown},
+	16: {function: "adminConnectSetLoggingOutputs", changes: true, layout: layout{text: true, flags: true}, run: (*Program).setOutputs},
+	17: {function: "adminConnectSetLoggingFilters", changes: true, layout: layout{text: true, flags: true}, run: (*Program).setFilters},
+	18: {function: "adminServerUpdateTlsFiles", changes: true, layout: layout{server: true, flags: true}, run: (*Program).updateTLS},
+	19: {function: "adminConnectSetDaemonTimeout", changes: true, layout: layout{seconds: true, flags: true}, run: (*Program).setTimeout},
+	20: {function: "adminConnectDaemonShutdown", changes: true, layout: layout{flags: true}, flags: preserve, run: (*Program).shutdown},
 }
 
 type args struct {
@@ -197,7 +198,7 @@ func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte,
 	if err != nil {
 		return out, err
 	}
-	if err = p.admit(pr, &a); err == nil {
+	if err = p.admit(c, pr, &a); err == nil {
 		out, err = pr.run(p, c, &a, out)
 	}
 	if err == nil {
@@ -212,7 +213,10 @@ func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte,
 	return out, wire
 }
 
-func (p *Program) admit(pr *procedure, a *args) error {
+func (p *Program) admit(c *rpc.Client, pr *procedure, a *args) error {
+	if pr.changes && c.ReadOnly() {
+		return errReadOnly
+	}
 	if err := p.resolve(pr, a); err != nil {
 		return err
 	}

@@ -31,7 +31,9 @@ var (
 	// The C daemon has it the wrong way round; peers may look for the text.
 	errUnauthAboveMax = rpc.Ordinary(rpc.CodeInvalidArg, rpc.DomainRPC, invalidArgument,
 		"The overall maximum number of clients waiting for authentication must not be less than the overall maximum number of clients")
-	errTooLong = rpc.Protocol("Unable to encode message payload")
+	// No client of the C daemon can be one.
+	errReadOnly = rpc.Ordinary(rpc.CodeOperationDenied, rpc.DomainAdmin, "operation forbidden: %s", "this connection is read only")
+	errTooLong  = rpc.Protocol("Unable to encode message payload")
 )
 
 // wording is how a procedure says that there is no such server or client: some hand on what their

@@ -163,7 +163,7 @@ func (p *Program) clientInfo(_ *rpc.Client, a *args, out []byte) ([]byte, error)
 
 	c := a.client
 	add("readonly", kindBoolean)
-	out = xdr.AppendBool(out, false)
+	out = xdr.AppendBool(out, c.ReadOnly())
 	uid, gid := strconv.FormatUint(uint64(c.UID()), 10), strconv.FormatUint(uint64(c.GID()), 10)
 	integer("unix_user_id", int32(c.UID()))
 	if u, err := user.LookupId(uid); err == nil {

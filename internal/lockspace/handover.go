@@ -61,9 +61,10 @@ func (r *resource) snapshot(place func(*owner.Owner) int32) state.Resource {
 		Name: r.name, Path: r.space.path(r.name),
 		FD: int32(fd), Held: true, Flags: r.flags, File: file,
 		Owners: make([]int32, len(r.holders)),
+		Since:  make([]int64, len(r.holders)),
 	}
 	for i, h := range r.holders {
-		res.Owners[i] = place(h.owner)
+		res.Owners[i], res.Since[i] = place(h.owner), h.since
 	}
 	return res
 }
@@ -115,8 +116,13 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 	}
 	r.alias = t.files[lock.ID()]
 	t.files[lock.ID()] = r
-	for _, o := range owners {
-		t.addHolder(r, o)
+	t.slots.add(r)
+	for i, o := range owners {
+		var since int64
+		if i < len(res.Since) {
+			since = res.Since[i]
+		}
+		t.addHolder(r, o, since)
 	}
 	t.held++
 	return rivals, nil

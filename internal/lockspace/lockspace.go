@@ -13,7 +13,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
+	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
 )
@@ -42,6 +44,7 @@ type Locker interface {
 type Config struct {
 	Locker Locker
 	Logger *slog.Logger
+	Events *events.Log // nil: nobody wants to know
 	// Changed is called after the number of resources held has become zero, or ceased to be.
 	Changed func()
 }
@@ -66,6 +69,7 @@ type resource struct {
 	holders []hold        // one for each acquisition
 	settled chan struct{} // made by the first that waits for the end of a phase, closed then
 	alias   *resource     // next in Table.files: another name of the same file
+	slot    int32         // in Table.slots, while it is held or releasing
 }
 
 func (r *resource) shared() bool { return r.flags&Shared != 0 }
@@ -74,6 +78,7 @@ func (r *resource) shared() bool { return r.flags&Shared != 0 }
 type hold struct {
 	owner  *owner.Owner
 	serial uint64
+	since  int64 // Unix time in ns; 0: not known, from a C daemon
 }
 
 // Hold names one acquisition, so that just this one can be undone. The zero value names none.
@@ -104,6 +109,7 @@ type Table struct {
 	files    map[filelock.FileID]*resource // held ones by their file, see resource.alias
 	byOwner  map[*owner.Owner][]*resource  // held ones, once for each entry in holders
 	deleting map[filelock.FileID]int       // files whose name is being removed: nobody acquires them meanwhile
+	slots    slots                         // held ones, to be listed in pieces
 	serial   uint64                        // of the last hold
 	held     int                           // names held
 	settles  sync.Cond                     // signalled when a phase ends
@@ -269,6 +275,7 @@ func (t *Table) find(req *Request) (*space, *resource, error) {
 func (t *Table) Acquire(req Request) (Hold, error) {
 	serial, path, err := t.acquire(&req)
 	if err != nil {
+		t.reportRefusal(&req, err)
 		return Hold{}, &Error{Op: "acquire", Lockspace: req.Lockspace, Resource: req.Resource, Path: path, Err: err}
 	}
 	return Hold{req.Lockspace, req.Resource, serial}, nil
@@ -349,7 +356,7 @@ func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 			return 0, ErrLocked
 		}
 	}
-	return t.addHolder(r, req.Owner), nil
+	return t.acquired(r, req.Owner), nil
 }
 
 // admissible tells why a lock just taken can't be kept. t.mu is held.
@@ -380,21 +387,31 @@ func (t *Table) hold(r *resource, o *owner.Owner) (serial uint64) {
 	id := r.lock.ID()
 	r.alias = t.files[id]
 	t.files[id] = r
+	t.slots.add(r)
 	t.held++
-	return t.addHolder(r, o)
+	return t.acquired(r, o)
 }
 
-func (t *Table) addHolder(r *resource, o *owner.Owner) (serial uint64) {
+// acquired adds a holder. t.mu is held.
+func (t *Table) acquired(r *resource, o *owner.Owner) (serial uint64) {
+	now := time.Now().UnixNano()
+	serial = t.addHolder(r, o, now)
+	t.report(events.Acquired, "", r, o, now)
+	return serial
+}
+
+func (t *Table) addHolder(r *resource, o *owner.Owner, since int64) (serial uint64) {
 	o.Retain()
 	t.serial++
-	r.holders = append(r.holders, hold{o, t.serial})
+	r.holders = append(r.holders, hold{o, t.serial, since})
 	t.byOwner[o] = append(t.byOwner[o], r)
 	return t.serial
 }
 
 // dropHolder removes the i-th entry of r's holders. t.mu is held.
-func (t *Table) dropHolder(r *resource, i int) {
+func (t *Table) dropHolder(r *resource, i int, why events.Reason) {
 	o := r.holders[i].owner
+	t.report(events.Released, why, r, o, 0)
 	r.holders = slices.Delete(r.holders, i, i+1)
 	of := t.byOwner[o]
 	j := slices.Index(of, r)
@@ -433,7 +450,7 @@ func (t *Table) unlist(r *resource) {
 //
 // Errors: ErrNoLockspace, ErrNotLocked, ErrNotOwner, ErrGone.
 func (t *Table) Release(req Request, pid int32, local bool) error {
-	return t.releaseOne(&req, func(r *resource) int {
+	return t.releaseOne(&req, events.Asked, func(r *resource) int {
 		// A process that we know before a mere number that is the same.
 		if local {
 			i := slices.IndexFunc(r.holders, func(h hold) bool { return h.owner.PID == pid && h.owner.Kind() != owner.Unverified })
@@ -449,13 +466,13 @@ func (t *Table) Release(req Request, pid int32, local bool) error {
 //
 // Errors: as for Release.
 func (t *Table) Undo(h Hold) error {
-	return t.releaseOne(&Request{Lockspace: h.Lockspace, Resource: h.Resource}, func(r *resource) int {
+	return t.releaseOne(&Request{Lockspace: h.Lockspace, Resource: h.Resource}, events.ClientGone, func(r *resource) int {
 		return slices.IndexFunc(r.holders, func(held hold) bool { return held.serial == h.serial })
 	})
 }
 
 // releaseOne gives up the hold whose place which returns, with t.mu held.
-func (t *Table) releaseOne(req *Request, which func(*resource) int) error {
+func (t *Table) releaseOne(req *Request, why events.Reason, which func(*resource) int) error {
 	fail := func(err error) error {
 		return &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
 	}
@@ -474,7 +491,7 @@ func (t *Table) releaseOne(req *Request, which func(*resource) int) error {
 		t.mu.Unlock()
 		return fail(err)
 	}
-	t.dropHolder(r, i)
+	t.dropHolder(r, i, why)
 	if len(r.holders) > 0 {
 		t.mu.Unlock()
 		return nil
@@ -495,6 +512,7 @@ func (t *Table) giveUp(r *resource) {
 func (t *Table) forget(r *resource) {
 	t.mu.Lock()
 	t.unlist(r)
+	t.slots.remove(r)
 	delete(r.space.resources, r.name)
 	t.held--
 	t.end(r)
@@ -541,6 +559,7 @@ func (t *Table) ReleaseOwner(o *owner.Owner) {
 			continue // for the second time here
 		}
 		for range n - len(r.holders) {
+			t.report(events.Released, events.OwnerEnded, r, o, 0)
 			o.Release()
 		}
 		all = append(all, r)
@@ -680,7 +699,7 @@ func (t *Table) abandon() []*resource {
 					"path", s.path(r.name), "", h.owner.Details())
 			}
 			for len(r.holders) > 0 {
-				t.dropHolder(r, 0)
+				t.dropHolder(r, 0, events.Stopped)
 			}
 			t.begin(r, releasing)
 			all = append(all, r)

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/poll"
@@ -62,6 +63,7 @@ type fixture struct {
 	*Table
 	gate   *gate
 	owners *owner.Registry
+	events *events.Log
 	dir    string
 	pid    int32
 }
@@ -77,13 +79,13 @@ func newFixture(t *testing.T) *fixture {
 		t.Fatal(err)
 	}
 	go p.Run(t.Context())
-	f := &fixture{T: t, gate: &gate{Files: files, hang: map[string]chan struct{}{}, reached: make(chan string, 16)}, dir: t.TempDir(), pid: 0x70000000}
+	f := &fixture{T: t, gate: &gate{Files: files, hang: map[string]chan struct{}{}, reached: make(chan string, 16)}, events: events.New(), dir: t.TempDir(), pid: 0x70000000}
 	log := slog.New(slog.DiscardHandler)
-	f.Table = New(Config{Locker: f.gate, Logger: log})
+	f.Table = New(Config{Locker: f.gate, Logger: log, Events: f.events})
 	f.owners = owner.NewRegistry(owner.Config{Poller: p, Logger: log, Died: f.Table.ReleaseOwner})
 	t.Cleanup(func() {
 		f.Table.Close()
-		if n := len(f.Table.files) + len(f.Table.byOwner) + len(f.Table.deleting) + f.Table.held + f.Table.busy; n != 0 {
+		if n := len(f.Table.files) + len(f.Table.byOwner) + len(f.Table.deleting) + len(f.Table.slots.all) + f.Table.held + f.Table.busy; n != 0 {
 			t.Errorf("the table is not empty after Close: %+v", f.Table)
 		}
 		f.owners.Close()
@@ -430,7 +432,7 @@ func TestReleasedButListed(t *testing.T) {
 	// The first half of a release.
 	r := f.Table.spaces[""].resources[disk]
 	f.Table.mu.Lock()
-	f.Table.dropHolder(r, 0)
+	f.Table.dropHolder(r, 0, events.Stopped)
 	f.Table.begin(r, releasing)
 	f.Table.mu.Unlock()
 	f.Table.release(r)

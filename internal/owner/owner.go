@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/internal/events"
 	"virtlockd/internal/poll"
 	"virtlockd/internal/state"
 )
@@ -93,6 +94,32 @@ func (o *Owner) Kind() Kind {
 	return o.kind
 }
 
+// Fate is what the kernel says of an owner's process.
+type Fate uint8
+
+// The fates of a process.
+const (
+	Alive   Fate = iota
+	Ended        // its locks are about to be released
+	Missing      // an unverified owner's number is nobody's, as far as can be seen from here
+)
+
+// Ask asks the kernel about the owner's process. It needs no reference to the owner. A number that means nothing
+// here, 0, counts as alive.
+func (o *Owner) Ask() Fate {
+	o.reg.mu.Lock()
+	defer o.reg.mu.Unlock()
+	switch {
+	case o.proc == nil && (o.PID <= 0 || unix.Kill(int(o.PID), 0) != unix.ESRCH):
+		return Alive
+	case o.proc == nil:
+		return Missing
+	case o.refs == 0 || o.proc.ended(): // without references the pidfd is closed
+		return Ended
+	}
+	return Alive
+}
+
 // Dead tells that the owner's process has ended. It is never true of an unverified one.
 func (o *Owner) Dead() bool {
 	return o.proc != nil && o.proc.dead.Load()
@@ -105,6 +132,7 @@ func (o *Owner) Ready(uint32) { o.reg.ended(o) }
 type Config struct {
 	Poller *poll.Poller
 	Logger *slog.Logger
+	Events *events.Log // nil: nobody wants to know
 	// Died gives up the locks of an owner that has ended. It is called once for each owner with a
 	// process, on a goroutine of its own right to block.
 	Died func(*Owner)
@@ -333,6 +361,7 @@ func (r *Registry) HangUp(o *Owner) {
 func (r *Registry) kill(o *Owner) {
 	log := r.cfg.Logger.With(slog.Any("", o.Details()))
 	log.Info("the owner closed its connection while it holds locks; it is asked to end (SIGTERM)")
+	r.report(o, events.Terminate)
 	if err := o.proc.signal(unix.SIGTERM); err != nil {
 		log.Error("an owner without connection goes on", "error", err)
 	}
@@ -340,6 +369,7 @@ func (r *Registry) kill(o *Owner) {
 		return
 	}
 	log.Warn("the owner closed its connection while it holds locks and ignores SIGTERM; it is killed")
+	r.report(o, events.Kill)
 	if err := o.proc.signal(unix.SIGKILL); err != nil {
 		log.Error("an owner without connection goes on", "error", err)
 	}
@@ -347,7 +377,14 @@ func (r *Registry) kill(o *Owner) {
 		return
 	}
 	log.Error("the killed owner does not end, probably it waits for a disk; its locks stay held until it does")
+	r.report(o, events.Stuck)
 	r.wait(o, 0)
+}
+
+// report tells of a step of the kill sequence.
+func (r *Registry) report(o *Owner, step events.Reason) {
+	d := o.Details()
+	r.cfg.Events.Add(events.Event{Kind: events.Killed, Reason: step, Owner: d.Name, UUID: d.UUID, PID: o.PID})
 }
 
 // wait returns true when the owner has ended, or nobody cares any more; false after d.

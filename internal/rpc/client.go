@@ -52,7 +52,8 @@ type Client struct {
 	uid, gid uint32
 	fd       int // open until the end; used by the active goroutine only
 
-	state atomic.Uint32
+	state    atomic.Uint32
+	readOnly atomic.Bool // see ReadOnly
 
 	// What outlasts a turn of the active goroutine, which owns it.
 	token   poll.Token // zero: not registered yet
@@ -89,6 +90,13 @@ func (c *Client) GID() uint32 { return c.gid }
 
 // ConnectTime returns when the connection was accepted.
 func (c *Client) ConnectTime() time.Time { return time.Unix(0, c.accepted) }
+
+// ReadOnly tells whether the client has given up the right to change anything. Programs see to it that it
+// does not.
+func (c *Client) ReadOnly() bool { return c.readOnly.Load() }
+
+// SetReadOnly makes the client one that can only look, for the rest of its life.
+func (c *Client) SetReadOnly() { c.readOnly.Store(true) }
 
 // String names the client in logs.
 func (c *Client) String() string { return fmt.Sprintf("client %d (pid %d)", c.id, c.pid) }

@@ -111,6 +111,7 @@ func (c *Client) Save() state.Client {
 	return state.Client{
 		ID: c.id, ConnectTime: c.accepted, Uptime: c.uptime, FD: int32(c.fd),
 		MaxRequests: 1,
+		ReadOnly:    c.readOnly.Load(),
 		Self:        state.None,
 		Unread:      c.in, Dropped: c.dropped, FDs: c.fds, LastFD: c.lastFD,
 		Unsent: c.out, Closing: c.last,
@@ -164,6 +165,7 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 		in: from.Unread, dropped: from.Dropped, fds: from.FDs, lastFD: from.LastFD,
 		out: from.Unsent, last: from.Closing,
 	}
+	c.readOnly.Store(from.ReadOnly)
 	if from.Undo != nil && len(s.programs) > 0 {
 		c.caller = s.programs[0].Program // of the servers that have something to undo each has one
 	}

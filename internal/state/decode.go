@@ -57,6 +57,7 @@ type decoder struct {
 	spaces   map[string]*space  // by directory, "": the default one
 	ordered  []*space           // the same
 	numbers  []int32            // see take
+	times    []int64            // the same
 }
 
 // object reads an object, calling f for each of the keys that it has; f reads the value. Others are
@@ -860,6 +861,7 @@ type pending struct {
 	held         bool
 	flags        uint32
 	pids, places []int32
+	since        []int64
 	file         File
 }
 
@@ -905,7 +907,7 @@ func (d *decoder) resource(rs []pending, index int) []pending {
 // take returns the numbers from start on. Thousands of lists with one number each share their memory.
 func (d *decoder) take(start int) []int32 { return slices.Clip(d.numbers[start:]) }
 
-var resourceExtraKeys = []string{"owners", "dev", "ino", "block", "posix", "remote", "exclusive"}
+var resourceExtraKeys = []string{"owners", "since", "dev", "ino", "block", "posix", "remote", "exclusive"}
 
 func (d *decoder) resourceExtra(r *pending) {
 	_, ok := d.object(resourceExtraKeys, func(k int) {
@@ -914,6 +916,13 @@ func (d *decoder) resourceExtra(r *pending) {
 			start := len(d.numbers)
 			d.array(func(int) { d.numbers = append(d.numbers, d.i32(0, None)) })
 			r.places = d.take(start)
+		case "since":
+			start := len(d.times)
+			d.array(func(int) {
+				_, t := d.integer(0, math.MaxInt64, 0)
+				d.times = append(d.times, int64(t))
+			})
+			r.since = slices.Clip(d.times[start:])
 		case "dev":
 			r.file.Dev = d.u64()
 		case "ino":
@@ -937,7 +946,7 @@ func (d *decoder) resourceExtra(r *pending) {
 func (d *decoder) enroll(s *space, p *pending) {
 	r := resource{
 		Resource: Resource{
-			Name: p.name.String(), Path: p.path.String(), FD: p.fd, Held: p.held, Flags: p.flags, File: p.file,
+			Name: p.name.String(), Path: p.path.String(), FD: p.fd, Held: p.held, Flags: p.flags, Since: p.since, File: p.file,
 		},
 		index: p.index, pids: p.pids, places: p.places,
 	}

@@ -5,6 +5,7 @@ package state
 import (
 	"encoding/base64"
 	"fmt"
+	"slices"
 	"strconv"
 	"unicode/utf8"
 )
@@ -455,6 +456,14 @@ func (e *encoder) resourceExtra(r *Resource) {
 		e.open('[')
 		for _, o := range r.Owners {
 			e.b = append(strconv.AppendInt(e.b, int64(o), 10), ',')
+		}
+		e.end(']')
+	}
+	if slices.ContainsFunc(r.Since, func(t int64) bool { return t != 0 }) {
+		e.key("since")
+		e.open('[')
+		for _, t := range r.Since {
+			e.b = append(strconv.AppendInt(e.b, t, 10), ',')
 		}
 		e.end(']')
 	}

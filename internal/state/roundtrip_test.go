@@ -151,6 +151,9 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 				if len(s.Owners) > 0 {
 					r.Owners = rapid.SliceOfN(rapid.Int32Range(0, int32(len(s.Owners)-1)), 0, 4).Draw(t, "owners")
 				}
+				if n := len(r.Owners); n > 0 && rapid.Bool().Draw(t, "timed") {
+					r.Since = append(rapid.SliceOfN(rapid.Int64Min(0), n-1, n-1).Draw(t, "since"), 1)
+				}
 				rs = append(rs, r)
 			}
 			return rs

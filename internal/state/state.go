@@ -175,6 +175,7 @@ type Resource struct {
 	Held   bool  // the C daemon's lockHeld, which it never clears
 	Flags  uint32
 	Owners []int32 // places in Snapshot.Owners; an owner that acquired twice is there twice
+	Since  []int64 // when each of the owners acquired it, Unix time in ns, 0: not known; nil: none is
 	File   File
 }
 

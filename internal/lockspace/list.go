@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package lockspace
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/events"
+	"virtlockd/internal/filelock"
+	"virtlockd/internal/owner"
+)
+
+// slots has a place for each resource that is held, which does not change while it is: so the table can be
+// listed in pieces, and nobody waits for longer than one piece.
+type slots struct {
+	all  []*resource // nil: free
+	free []int32
+}
+
+func (s *slots) add(r *resource) {
+	if n := len(s.free); n > 0 {
+		r.slot = s.free[n-1]
+		s.free = s.free[:n-1]
+		s.all[r.slot] = r
+		return
+	}
+	r.slot = int32(len(s.all))
+	s.all = append(s.all, r)
+}
+
+func (s *slots) remove(r *resource) {
+	s.all[r.slot] = nil
+	s.free = append(s.free, r.slot)
+	if len(s.free) == len(s.all) {
+		*s = slots{}
+	}
+}
+
+// Entry is a resource that is held, as List found it.
+type Entry struct {
+	Lockspace, Resource string
+	Path                string // of its file
+	Shared, AutoCreate  bool
+	Exclusive           bool           // the kernel's lock is
+	Lock                *filelock.Lock // for questions only
+	Holds               []Holding
+	Slot                int // where List goes on after it is Slot+1
+}
+
+// Holding is one acquisition.
+type Holding struct {
+	Owner *owner.Owner // without a reference: good for questions only
+	Since int64        // Unix time in ns; 0: not known
+}
+
+// List returns what is held in a part of the table: it looks at no more than limit places from the given one on,
+// which is 0 at first, and returns where to go on, 0 at the end. A resource that is held all the time is listed just once;
+// one that comes or goes meanwhile may be, or not. Others wait for no more than one such part.
+func (t *Table) List(from, limit int) (entries []Entry, next int) {
+	from, limit = max(from, 0), max(limit, 1)
+	entries = make([]Entry, 0, limit) // not with the mutex held
+	t.mu.Lock()
+	all := t.slots.all
+	end := min(from+limit, len(all))
+	for i := from; i < end; i++ {
+		if r := all[i]; r != nil && r.phase == held {
+			entries = append(entries, r.entry())
+		}
+	}
+	if end > from && end < len(all) {
+		next = end
+	}
+	t.mu.Unlock()
+	for i := range entries {
+		e := &entries[i]
+		e.Path = (&space{dir: e.Lockspace}).path(e.Resource)
+	}
+	return entries, next
+}
+
+// entry describes a resource that is held, but for its path. t.mu is held.
+func (r *resource) entry() Entry {
+	e := Entry{
+		Lockspace: r.space.dir, Resource: r.name,
+		Shared: r.shared(), AutoCreate: r.flags&AutoCreate != 0,
+		Exclusive: r.lock.Mode() == filelock.Exclusive,
+		Lock:      r.lock,
+		Holds:     make([]Holding, len(r.holders)),
+		Slot:      int(r.slot),
+	}
+	for i, h := range r.holders {
+		e.Holds[i] = Holding{h.owner, h.since}
+	}
+	return e
+}
+
+// Current tells whether the resource is held by that very lock still, and returns its holds as they are now. Whoever found
+// something wrong with an entry asks before he says so: it may have been released meanwhile.
+func (t *Table) Current(e *Entry) (holds []Holding, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.spaces[e.Lockspace]
+	if s == nil {
+		return nil, false
+	}
+	r := s.resources[e.Resource]
+	if r == nil || r.phase != held || r.lock != e.Lock {
+		return nil, false
+	}
+	now := r.entry()
+	return now.Holds, true
+}
+
+// Lockspaces returns how many lockspaces there are, the default one included.
+func (t *Table) Lockspaces() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.spaces)
+}
+
+// ErrSeveral says that a resource is shared by several owners, one of whom has to be named.
+var ErrSeveral = errors.New("several owners hold the resource")
+
+// Break gives up all holds of one owner of a resource in spite of him, by an administrator's order: that of the given
+// pid, or, if there is only one owner, of whoever it is. It returns who has lost it, and how many holds
+// are left.
+//
+// Errors: as for Release, and ErrSeveral.
+func (t *Table) Break(req Request, pid *int32) (who *owner.Details, left int, err error) {
+	fail := func(err error) (*owner.Details, int, error) {
+		return nil, 0, &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
+	}
+	t.mu.Lock()
+	_, r, err := t.find(&req)
+	if err == nil && r == nil {
+		err = ErrNotLocked
+	}
+	var o *owner.Owner
+	if err == nil {
+		o, err = r.ownerOf(pid)
+	}
+	if err != nil {
+		t.mu.Unlock()
+		return fail(err)
+	}
+	who = o.Details()
+	for i := len(r.holders) - 1; i >= 0; i-- {
+		if r.holders[i].owner == o {
+			t.dropHolder(r, i, events.Administrator)
+		}
+	}
+	if left = len(r.holders); left > 0 {
+		t.mu.Unlock()
+		return who, left, nil
+	}
+	t.begin(r, releasing)
+	t.mu.Unlock()
+	t.giveUp(r)
+	return who, 0, nil
+}
+
+// ownerOf returns the holder with that pid, or the only one. t.mu is held.
+func (r *resource) ownerOf(pid *int32) (*owner.Owner, error) {
+	var found *owner.Owner
+	for _, h := range r.holders {
+		switch {
+		case pid != nil && h.owner.PID != *pid || h.owner == found:
+		case found != nil:
+			return nil, ErrSeveral
+		default:
+			found = h.owner
+		}
+	}
+	if found == nil {
+		return nil, ErrNotOwner
+	}
+	return found, nil
+}
+
+// report tells of what happens to a hold. t.mu is held, so that the order of events is that of the table.
+func (t *Table) report(kind events.Kind, why events.Reason, r *resource, o *owner.Owner, at int64) {
+	if t.cfg.Events == nil {
+		return
+	}
+	d := o.Details()
+	t.cfg.Events.Add(events.Event{
+		Time: at, Kind: kind, Reason: why, Shared: r.shared(),
+		Lockspace: r.space.dir, Resource: r.name,
+		Owner: d.Name, UUID: d.UUID, PID: o.PID,
+	})
+}
+
+// reportRefusal tells why an owner did not get a resource.
+func (t *Table) reportRefusal(req *Request, err error) {
+	if t.cfg.Events == nil {
+		return
+	}
+	e := events.Event{
+		Kind: events.Refused, Reason: refusal(err), Shared: req.Flags&Shared != 0,
+		Lockspace: req.Lockspace, Resource: req.Resource, Text: err.Error(),
+	}
+	if req.Owner != nil {
+		d := req.Owner.Details()
+		e.Owner, e.UUID, e.PID = d.Name, d.UUID, req.Owner.PID
+	}
+	t.cfg.Events.Add(e)
+}
+
+func refusal(err error) events.Reason {
+	var hung *filelock.HungError
+	switch {
+	case errors.Is(err, ErrLocked):
+		return events.Held
+	case errors.Is(err, filelock.ErrLocked):
+		return events.HeldOutside
+	case errors.Is(err, ErrNoLockspace), errors.Is(err, unix.ENOENT):
+		return events.Missing
+	case errors.As(err, &hung):
+		return events.Hung
+	case errors.Is(err, ErrOwnerEnded):
+		return events.OwnerEnded
+	case errors.Is(err, ErrGone):
+		return events.ClientGone
+	}
+	return events.Failed
+}
