@@ -63,6 +63,7 @@ const (
 	OpUnlink = "unlink" // Delete and Release
 	OpStat   = "stat"   // Stat
 	OpUnlock = "unlock" // Release
+	OpCheck  = "check"  // Check
 	OpWorker = "worker" // any: there is no worker, or it died; see Err
 )
 
@@ -112,7 +113,7 @@ type Config struct {
 
 // Call is a call in progress, for logs.
 type Call struct {
-	Op     string // "lock", "release", "mkdir", "create", "delete", "stat"
+	Op     string // "lock", "release", "mkdir", "create", "delete", "stat", "check"
 	Path   string
 	Mount  string // the mount point, or the block device; "" for a direct call
 	Worker int    // pid of the worker, 0 for a direct call or while it waits for one

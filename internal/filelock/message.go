@@ -23,7 +23,7 @@ type request struct {
 	mode   Mode
 	create bool
 	path   string // absolute; of workRelease: what to unlink, may be ""
-	cell   int    // of workLock and workRelease, else -1; -1 too if the worker itself holds the lock
+	cell   int    // of workLock, workRelease and workCheck, else -1; -1 too if a worker itself holds the lock
 }
 
 type workOp uint8
@@ -35,6 +35,7 @@ const (
 	workCreate
 	workUnlink
 	workStat
+	workCheck // look at what is in the cell, or, without one, at the file at path
 )
 
 // reply is what came of it. The errno belongs to the step.
@@ -54,6 +55,7 @@ const (
 	stepOpen        // of workLock
 	stepLock        // of workLock
 	stepStore       // of workLock
+	stepGone        // of workCheck
 	stepNotDir      // of workMakeDir: no errno, something else is there
 	stepOther       // the only step of the others
 )
@@ -74,7 +76,7 @@ func parseRequest(b []byte) (request, bool) {
 		return request{}, false
 	}
 	r := request{op: workOp(b[0]), mode: Mode(b[1]), create: b[2] != 0, path: string(b[requestHeader:]), cell: -1}
-	return r, r.op >= workLock && r.op <= workStat && r.mode <= Exclusive
+	return r, r.op >= workLock && r.op <= workCheck && r.mode <= Exclusive
 }
 
 func appendReply(b []byte, r reply) []byte {

@@ -142,6 +142,8 @@ func (w *work) do(r request) reply {
 		return create(r.path)
 	case workUnlink:
 		return other(retry(func() error { return unix.Unlink(r.path) }))
+	case workCheck:
+		return w.check(r)
 	default:
 		info, errno := stat(r.path)
 		return reply{errno: errno, step: stepOther, id: info.id}
