@@ -25,6 +25,7 @@ import (
 	"virtlockd/internal/buildinfo"
 	"virtlockd/internal/cmdline"
 	"virtlockd/internal/conf"
+	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/lockproto"
 	"virtlockd/internal/lockspace"
@@ -188,6 +189,7 @@ type daemon struct {
 	poller       *poll.Poller
 	files        *filelock.Files
 	owners       *owner.Registry
+	events       *events.Log
 	table        *lockspace.Table
 	locks        *lockproto.Program
 	adminProgram *adminproto.Program
@@ -331,14 +333,17 @@ func (d *daemon) start(fault error) (err error) {
 	}
 	undo(func() { d.files.Close() })
 	d.idle = newIdler(d.options.timeout, d.busy)
+	d.events = events.New()
 	d.table = lockspace.New(lockspace.Config{
 		Locker:  d.files,
 		Logger:  d.category("util.lockspace"),
+		Events:  d.events,
 		Changed: d.idle.changed,
 	})
 	d.owners = owner.NewRegistry(owner.Config{
 		Poller: d.poller,
 		Logger: d.category("locking.lock_daemon"),
+		Events: d.events,
 		Died:   d.table.ReleaseOwner,
 	})
 	undo(d.owners.Close)
@@ -363,7 +368,7 @@ func (d *daemon) start(fault error) (err error) {
 		return err
 	}
 	d.adminProgram = adminproto.New(adminproto.Config{
-		Servers:    func() []*rpc.Server { return []*rpc.Server{d.admin, d.lock} },
+		Servers:    d.servers,
 		Logs:       d.logs,
 		Guards:     d.locks.Guards,
 		SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
@@ -378,7 +383,7 @@ func (d *daemon) start(fault error) (err error) {
 		MaxUnauth:  settings.AdminMaxClients,
 		MaxMessage: adminproto.MaxMessage,
 		AllowUID:   d.paths.uid,
-		Programs:   []rpc.Program{d.adminProgram},
+		Programs:   append([]rpc.Program{d.adminProgram}, d.inspection()...),
 		Logger:     d.category("rpc.netserver"),
 		Changed:    d.idle.changed,
 	})

@@ -3,16 +3,16 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"syscall"
 
 	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/rundir"
 	"virtlockd/internal/strerror"
 )
 
@@ -31,67 +31,33 @@ type paths struct {
 	logFile     string // of a detached daemon without journald
 }
 
-// Names that are the same in both modes, below the directory of libvirt.
-const (
-	lockSocketName  = "virtlockd-sock"
-	adminSocketName = "virtlockd-admin-sock"
-	stateFileName   = "virtlockd-restart-exec.json"
-)
+// stateFileName is the same in both modes.
+const stateFileName = "virtlockd-restart-exec.json"
 
 // findPaths works out the default paths of the mode that uid runs in.
 func findPaths(uid int, getenv func(string) string) paths {
-	if uid == 0 {
-		run := filepath.Join(buildinfo.Runstatedir, "libvirt")
-		return paths{
-			system:      true,
-			runDir:      run,
-			lockSocket:  filepath.Join(run, lockSocketName),
-			adminSocket: filepath.Join(run, adminSocketName),
-			pidFile:     filepath.Join(buildinfo.Runstatedir, "virtlockd.pid"),
-			stateFile:   filepath.Join(buildinfo.Runstatedir, stateFileName),
-			config:      filepath.Join(buildinfo.Sysconfdir, "libvirt/virtlockd.conf"),
-			logFile:     filepath.Join(buildinfo.Localstatedir, "log/libvirt/virtlockd.log"),
-		}
+	run, err := rundir.Find(uid, getenv)
+	p := paths{
+		system:      uid == 0,
+		uid:         uint32(uid),
+		runDir:      run,
+		lockSocket:  filepath.Join(run, rundir.LockSocket),
+		adminSocket: filepath.Join(run, rundir.AdminSocket),
 	}
-	p := paths{uid: uint32(uid)}
-	// The XDG Base Directory Specification; where the run-time directory isn't set, as in a
-	// session without login, the cache takes its place.
-	dir := func(variable, below string) string {
-		if d := getenv(variable); d != "" {
-			return d
-		}
-		home := getenv("HOME")
-		if home == "" {
-			u, err := user.LookupId(strconv.Itoa(uid))
-			if err != nil {
-				p.err = fmt.Errorf("HOME is not set, and there is no home directory of user %d: %w", uid, err)
-				return ""
-			}
-			home = u.HomeDir
-		}
-		return filepath.Join(home, below)
+	if p.system {
+		p.pidFile = filepath.Join(buildinfo.Runstatedir, "virtlockd.pid")
+		p.stateFile = filepath.Join(buildinfo.Runstatedir, stateFileName)
+		p.config = filepath.Join(buildinfo.Sysconfdir, "libvirt/virtlockd.conf")
+		p.logFile = filepath.Join(buildinfo.Localstatedir, "log/libvirt/virtlockd.log")
+		return p
 	}
-	cache := filepath.Join(dir("XDG_CACHE_HOME", ".cache"), "libvirt")
-	p.runDir = cache
-	if d := getenv("XDG_RUNTIME_DIR"); d != "" {
-		p.runDir = filepath.Join(d, "libvirt")
+	cache, cacheErr := rundir.User(uid, getenv, "XDG_CACHE_HOME", ".cache")
+	config, configErr := rundir.User(uid, getenv, "XDG_CONFIG_HOME", ".config")
+	if err := cmp.Or(err, cacheErr, configErr); err != nil {
+		return paths{uid: p.uid, err: err}
 	}
-	config := filepath.Join(dir("XDG_CONFIG_HOME", ".config"), "libvirt")
-	if p.err != nil {
-		return paths{uid: p.uid, err: p.err}
-	}
-	// A relative variable counts from where we were started: the daemon goes elsewhere.
-	for _, d := range []*string{&cache, &p.runDir, &config} {
-		abs, err := filepath.Abs(*d)
-		if err != nil {
-			return paths{uid: p.uid, err: err}
-		}
-		*d = abs
-	}
-	p.lockSocket = filepath.Join(p.runDir, lockSocketName)
-	p.adminSocket = filepath.Join(p.runDir, adminSocketName)
-	p.pidFile = filepath.Join(p.runDir, "virtlockd.pid")
-	p.stateFile = filepath.Join(p.runDir, stateFileName)
+	p.pidFile = filepath.Join(run, "virtlockd.pid")
+	p.stateFile = filepath.Join(run, stateFileName)
 	p.config = filepath.Join(config, "virtlockd.conf")
 	p.logFile = filepath.Join(cache, "virtlockd.log")
 	return p

@@ -158,6 +158,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		args = append(args, "pause", time.Duration(monotonic()-s.Frozen).Round(time.Microsecond))
 	}
 	d.log.Info("live upgrade: this binary has taken over", args...)
+	d.reportUpgrade(locks, clients)
 }
 
 // reapStrays waits for the children that the program before this one has left: workers, most of which have ended with

@@ -174,6 +174,13 @@ func (l *Log) Since(into []Event, after uint64, limit int) (events []Event, next
 	}
 }
 
+// Last returns the number of the last event, or the one before the first.
+func (l *Log) Last() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.last
+}
+
 // Count is how often something has happened since this binary runs.
 type Count struct {
 	Kind   Kind

@@ -124,7 +124,7 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 		}
 		t.addHolder(r, o, since)
 	}
-	t.held++
+	t.count(r, 1)
 	return rivals, nil
 }
 

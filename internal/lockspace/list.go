@@ -113,13 +113,6 @@ func (t *Table) Current(e *Entry) (holds []Holding, ok bool) {
 	return now.Holds, true
 }
 
-// Lockspaces returns how many lockspaces there are, the default one included.
-func (t *Table) Lockspaces() int {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return len(t.spaces)
-}
-
 // ErrSeveral says that a resource is shared by several owners, one of whom has to be named.
 var ErrSeveral = errors.New("several owners hold the resource")
 

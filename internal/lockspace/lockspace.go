@@ -112,6 +112,7 @@ type Table struct {
 	slots    slots                         // held ones, to be listed in pieces
 	serial   uint64                        // of the last hold
 	held     int                           // names held
+	shared   int                           // those of them that are held shared
 	settles  sync.Cond                     // signalled when a phase ends
 	retired  bool                          // see Retire
 	busy     int                           // resources acquiring or releasing
@@ -135,6 +136,21 @@ func (t *Table) Held() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.held
+}
+
+// count counts a resource that is held from now on, or no longer. t.mu is held.
+func (t *Table) count(r *resource, n int) {
+	t.held += n
+	if r.shared() {
+		t.shared += n
+	}
+}
+
+// Counts returns how many lockspaces there are, and how many resources are held exclusively and shared.
+func (t *Table) Counts() (lockspaces, exclusive, shared int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.spaces), t.held - t.shared, t.shared
 }
 
 // Retire makes the table refuse to acquire anything from now on, if nothing is held or being acquired, so
@@ -388,7 +404,7 @@ func (t *Table) hold(r *resource, o *owner.Owner) (serial uint64) {
 	r.alias = t.files[id]
 	t.files[id] = r
 	t.slots.add(r)
-	t.held++
+	t.count(r, 1)
 	return t.acquired(r, o)
 }
 
@@ -514,7 +530,7 @@ func (t *Table) forget(r *resource) {
 	t.unlist(r)
 	t.slots.remove(r)
 	delete(r.space.resources, r.name)
-	t.held--
+	t.count(r, -1)
 	t.end(r)
 	t.changed(0)
 }

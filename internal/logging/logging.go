@@ -68,6 +68,7 @@ type Config struct {
 type Logs struct {
 	config     Config
 	retireTime time.Duration // see there
+	dropped    atomic.Uint64 // see Dropped
 
 	mu         sync.RWMutex // held for moments only, never over a system call; before a sink's mutex
 	settings   Settings
@@ -314,6 +315,9 @@ func (l *Logs) Reopen() error {
 	}
 	return errors.Join(errs...)
 }
+
+// Dropped returns how many messages an output has not taken so far.
+func (l *Logs) Dropped() uint64 { return l.dropped.Load() }
 
 // Flush returns when all that was logged before is written or lost, or with ctx's error.
 func (l *Logs) Flush(ctx context.Context) error {

@@ -73,6 +73,7 @@ func (s *sink) put(r *record) {
 	s.mu.Lock()
 	if s.waiting >= s.logs.config.QueueLen || s.bytes+size > maxQueueBytes {
 		s.missing++
+		s.logs.dropped.Add(1)
 		s.reason = nil
 	} else {
 		s.queue = append(s.queue, r)
@@ -186,6 +187,7 @@ func (s *sink) settle(r *record, err error) {
 	s.bytes -= len(r.text) + recordOverhead
 	if err != nil {
 		s.missing++
+		s.logs.dropped.Add(1)
 		s.reason = err
 	}
 }

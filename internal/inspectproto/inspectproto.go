@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+// Package inspectproto serves the protocol of package inspect: it answers what the daemon holds, does and has done, and
+// gives up a lock by an administrator's order.
+//
+// Nothing here keeps a client of the lock program waiting: the table is read in small parts, and everything else is done
+// without its mutex, letting others go first every now and then.
+package inspectproto
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"time"
+
+	"virtlockd/internal/events"
+	"virtlockd/internal/filelock"
+	"virtlockd/internal/inspect"
+	"virtlockd/internal/lockspace"
+	"virtlockd/internal/owner"
+	"virtlockd/internal/rpc"
+	"virtlockd/internal/verify"
+)
+
+// A Vault keeps locks over the end of the process.
+type Vault interface {
+	// State tells whether it does, why (not), and how many locks it keeps.
+	State() (on bool, why string, locks int)
+	// Keeps tells whether it keeps this one.
+	Keeps(*filelock.Lock) bool
+}
+
+// NoVault keeps nothing.
+type NoVault struct{}
+
+// State implements Vault.
+func (NoVault) State() (on bool, why string, locks int) {
+	return false, "there is no crash safety yet", 0
+}
+
+// Keeps implements Vault.
+func (NoVault) Keeps(*filelock.Lock) bool { return false }
+
+// Life is the daemon's own history.
+type Life struct {
+	Started, Serving     time.Time // the first binary in this process; this one
+	Upgrades, Recoveries uint64
+}
+
+// Config of the programs. Every field is needed.
+type Config struct {
+	Table   *lockspace.Table
+	Files   *filelock.Files
+	Events  *events.Log
+	Checker *verify.Checker
+	Vault   Vault
+	Servers func() []*rpc.Server
+	Life    func() Life
+	// Dropped is how many log messages were lost.
+	Dropped func() uint64
+	Logger  *slog.Logger
+}
+
+// Programs returns the program that reads and the one that changes.
+func Programs(cfg Config) []rpc.Program {
+	return []rpc.Program{&reader{cfg}, &writer{cfg}}
+}
+
+// reader is the program that changes nothing.
+type reader struct{ cfg Config }
+
+// ID implements rpc.Program.
+func (*reader) ID() (program, version uint32) { return inspect.ReadProgram, inspect.Version }
+
+// Undo implements rpc.Program.
+func (*reader) Undo(*rpc.Client) {}
+
+// Closed implements rpc.Program.
+func (*reader) Closed(*rpc.Client, bool) {}
+
+// Call implements rpc.Program.
+func (p *reader) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, error) {
+	switch proc {
+	case inspect.ProcReadOnly:
+		c.SetReadOnly()
+		return out, nil
+	case inspect.ProcStatus:
+		return inspect.Append(out, p.status())
+	case inspect.ProcLocks:
+		var req inspect.Part
+		if err := decode(payload, &req); err != nil {
+			return out, err
+		}
+		return inspect.Append(out, p.locks(&req))
+	case inspect.ProcEvents:
+		var req inspect.EventsRequest
+		if err := decode(payload, &req); err != nil {
+			return out, err
+		}
+		return inspect.Append(out, p.events(&req))
+	case inspect.ProcCheck:
+		var req inspect.Part
+		if err := decode(payload, &req); err != nil {
+			return out, err
+		}
+		return inspect.Append(out, p.check(c, &req))
+	}
+	return out, rpc.ErrNoProc
+}
+
+// decode reads the arguments of a call. That they are no JSON is as wrong as that they are no XDR.
+func decode(payload []byte, v any) error {
+	if err := inspect.Decode(payload, inspect.MaxRequest, v); err != nil {
+		return rpc.ErrDecode
+	}
+	return nil
+}
+
+// part bounds how much of a list is asked for.
+func part(limit int) int {
+	if limit <= 0 || limit > inspect.MaxPart {
+		return inspect.MaxPart
+	}
+	return limit
+}
+
+const (
+	// turn is how many locks are described without letting others go first.
+	turn = 16
+	// maxBytes is about how large a part becomes: names can be long.
+	maxBytes = 1 << 20
+	// checkTime is about how long one call checks.
+	checkTime = 2 * time.Second
+	// maxCalls is how many calls in progress are told one by one.
+	maxCalls = 32
+)
+
+func (p *reader) locks(req *inspect.Part) *inspect.Locks {
+	runtime.Gosched()
+	entries, next := p.cfg.Table.List(req.From, part(req.Limit))
+	reply := &inspect.Locks{Locks: make([]inspect.Lock, 0, len(entries)), Next: next}
+	bytes := 0
+	for i := range entries {
+		l := describe(&entries[i], p.cfg.Vault)
+		reply.Locks = append(reply.Locks, l)
+		if bytes += size(&l); bytes > maxBytes && i+1 < len(entries) {
+			reply.Next = entries[i].Slot + 1
+			break
+		}
+		if i%turn == turn-1 {
+			runtime.Gosched()
+		}
+	}
+	return reply
+}
+
+// size is about how much memory a lock's description takes.
+func size(l *inspect.Lock) int {
+	n := len(l.Lockspace) + len(l.Resource) + len(l.Path)
+	for i := range l.Owners {
+		n += len(l.Owners[i].Name) + 128
+	}
+	return n + 256
+}
+
+func describe(e *lockspace.Entry, v Vault) inspect.Lock {
+	id := e.Lock.ID()
+	l := inspect.Lock{
+		Lockspace: inspect.Text(e.Lockspace), Resource: inspect.Text(e.Resource), Path: inspect.Text(e.Path),
+		Mode: mode(e.Shared), Kind: "OFD",
+		AutoCreate: e.AutoCreate, Remote: e.Lock.Remote(), CrashSafe: v.Keeps(e.Lock),
+		File:   inspect.File{Dev: id.Dev, Ino: id.Ino, Block: id.Block},
+		Owners: make([]inspect.Owner, len(e.Holds)),
+	}
+	if e.Lock.Kind() == filelock.POSIX {
+		l.Kind = "POSIX"
+	}
+	for i, h := range e.Holds {
+		l.Owners[i] = describeOwner(h.Owner.Details(), h.Owner.PID)
+		l.Owners[i].Kind = h.Owner.Kind().String()
+		l.Owners[i].Since = at(h.Since)
+	}
+	return l
+}
+
+func describeOwner(d *owner.Details, pid int32) inspect.Owner {
+	return inspect.Owner{Name: inspect.Text(d.Name), UUID: d.UUIDString(), PID: pid}
+}
+
+func mode(shared bool) string {
+	if shared {
+		return "shared"
+	}
+	return "exclusive"
+}
+
+// at makes a time of what is zero if it is not known.
+func at(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns).UTC()
+}
+
+func (p *reader) events(req *inspect.EventsRequest) *inspect.Events {
+	found, next, missed := p.cfg.Events.Since(nil, req.After, part(req.Limit))
+	reply := &inspect.Events{Events: make([]inspect.Event, len(found)), Next: next, Missed: missed}
+	for i := range found {
+		reply.Events[i] = describeEvent(&found[i])
+	}
+	return reply
+}
+
+func describeEvent(e *events.Event) inspect.Event {
+	out := inspect.Event{
+		Seq: e.Seq, Time: at(e.Time), Kind: e.Kind.String(), Reason: string(e.Reason),
+		Lockspace: inspect.Text(e.Lockspace), Resource: inspect.Text(e.Resource), Text: inspect.Text(e.Text),
+	}
+	if e.Resource != "" {
+		out.Mode = mode(e.Shared)
+	}
+	if e.Owner != "" || e.PID != 0 || e.UUID != [16]byte{} {
+		o := describeOwner(&owner.Details{Name: e.Owner, UUID: e.UUID}, e.PID)
+		out.Owner = &o
+	}
+	return out
+}
+
+// check checks locks one after the other, as long as the client waits and the time is not up.
+func (p *reader) check(c *rpc.Client, req *inspect.Part) *inspect.Checks {
+	entries, next := p.cfg.Table.List(req.From, part(req.Limit))
+	reply := &inspect.Checks{Faulty: []inspect.Finding{}, Next: next}
+	begin := time.Now()
+	for i := range entries {
+		e := &entries[i]
+		if found := p.cfg.Checker.Check(e); len(found) > 0 {
+			f := inspect.Finding{Lock: describe(e, p.cfg.Vault)}
+			for _, problem := range found {
+				f.Problems = append(f.Problems, inspect.Problem{Kind: string(problem.Kind), Text: inspect.Text(problem.Text)})
+			}
+			reply.Faulty = append(reply.Faulty, f)
+		}
+		reply.Checked++
+		if (time.Since(begin) > checkTime || c.Over()) && i+1 < len(entries) {
+			reply.Next = e.Slot + 1
+			break
+		}
+		runtime.Gosched()
+	}
+	return reply
+}
+
+// writer is the program that changes something.
+type writer struct{ cfg Config }
+
+// ID implements rpc.Program.
+func (*writer) ID() (program, version uint32) { return inspect.WriteProgram, inspect.Version }
+
+// Undo implements rpc.Program. What an administrator did stays so, whether or not he heard of it.
+func (*writer) Undo(*rpc.Client) {}
+
+// Closed implements rpc.Program.
+func (*writer) Closed(*rpc.Client, bool) {}
+
+// Call implements rpc.Program.
+func (p *writer) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, error) {
+	if c.ReadOnly() {
+		return out, rpc.Ordinary(rpc.CodeOperationDenied, rpc.DomainAdmin, "operation forbidden: %s", "this connection is read only")
+	}
+	if proc != inspect.ProcRelease {
+		return out, rpc.ErrNoProc
+	}
+	var req inspect.ReleaseRequest
+	if err := decode(payload, &req); err != nil {
+		return out, err
+	}
+	reply, err := p.release(c, &req)
+	if err != nil {
+		return out, rpc.Ordinary(rpc.CodeOperationInvalid, rpc.DomainAdmin, "Requested operation is not valid: %s", err.Error())
+	}
+	return inspect.Append(out, reply)
+}
+
+// release takes a lock from its owner. The log says so, since a guest may go on without protection.
+func (p *writer) release(c *rpc.Client, req *inspect.ReleaseRequest) (*inspect.Released, error) {
+	what := lockspace.Request{Lockspace: string(req.Lockspace), Resource: string(req.Resource), Client: c}
+	who, left, err := p.cfg.Table.Break(what, req.PID)
+	if errors.Is(err, lockspace.ErrSeveral) {
+		err = fmt.Errorf("%w: say which one by its process id", err)
+	}
+	administrator := slog.Group("administrator", slog.Int("pid", int(c.PID())), slog.Uint64("client", c.ID()))
+	if err != nil {
+		p.cfg.Logger.Warn("a lock was not taken from its owner, as an administrator wants it", "error", err, administrator)
+		return nil, err
+	}
+	p.cfg.Logger.Warn("a lock was taken from its owner by an administrator; if the guest runs it goes on without protection",
+		"lockspace", what.Lockspace, "resource", what.Resource, "", who, administrator)
+	return &inspect.Released{Owner: describeOwner(who, who.PID), Left: left}, nil
+}

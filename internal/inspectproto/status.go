@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package inspectproto
+
+import (
+	"os"
+	"time"
+
+	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/inspect"
+)
+
+func (p *reader) status() *inspect.Status {
+	life := p.cfg.Life()
+	s := &inspect.Status{
+		Version: buildinfo.Version, Commit: buildinfo.CommitName(), Libvirt: buildinfo.LibvirtVersion,
+		PID: os.Getpid(),
+		Now: time.Now().UTC(), Started: life.Started.UTC(), Serving: life.Serving.UTC(),
+		Upgrades: life.Upgrades, Recoveries: life.Recoveries,
+		LogDropped: p.cfg.Dropped(),
+		LastEvent:  p.cfg.Events.Last(),
+	}
+	s.CrashSafe, s.CrashSafeReason, s.Locks.CrashSafe = p.cfg.Vault.State()
+	s.Lockspaces, s.Locks.Exclusive, s.Locks.Shared = p.cfg.Table.Counts()
+	s.Workers.All, s.Workers.Busy = p.cfg.Files.Workers()
+	for _, server := range p.cfg.Servers() {
+		s.Servers = append(s.Servers, inspect.Server{
+			Name: server.Name(), Clients: server.Count(), MaxClients: server.Limits().MaxClients,
+		})
+	}
+	calls := p.cfg.Files.InFlight()
+	s.CallCount = len(calls)
+	for _, c := range calls[:min(len(calls), maxCalls)] {
+		s.Calls = append(s.Calls, inspect.Call{
+			Op: c.Op, Path: inspect.Text(c.Path), Mount: inspect.Text(c.Mount), Worker: c.Worker, Since: c.Since.UTC(),
+		})
+	}
+	for _, c := range p.cfg.Events.Counts() {
+		s.Counts = append(s.Counts, inspect.Count{Kind: c.Kind.String(), Reason: string(c.Reason), N: c.N})
+	}
+	return s
+}
