@@ -24,40 +24,60 @@ func C(t testing.TB) string {
 	return reference
 }
 
-// built is our daemon, made once per test binary.
+// built are our programs, each made once per test binary, where it is needed.
 var built = struct {
-	once sync.Once
-	dir  string
-	path string
-	err  error
-}{}
+	mu       sync.Mutex
+	dir      string
+	programs map[string]string // their paths by name
+}{programs: map[string]string{}}
 
 // Ours returns the path of our daemon: $VIRTLOCKD_BINARY if that is set, else it is built from the source tree.
 func Ours(t testing.TB) string {
 	t.Helper()
-	built.once.Do(func() {
-		if path := os.Getenv("VIRTLOCKD_BINARY"); path != "" {
-			built.path, built.err = filepath.Abs(path)
-			return
+	return binary(t, "virtlockd", os.Getenv("VIRTLOCKD_BINARY"))
+}
+
+// Ctl returns the path of virtlockctl: $VIRTLOCKCTL_BINARY if that is set, else it is built from the source tree.
+func Ctl(t testing.TB) string {
+	t.Helper()
+	return binary(t, "virtlockctl", os.Getenv("VIRTLOCKCTL_BINARY"))
+}
+
+func binary(t testing.TB, name, given string) string {
+	t.Helper()
+	built.mu.Lock()
+	defer built.mu.Unlock()
+	if built.programs[name] == "" {
+		path, err := build(name, given)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if built.dir, built.err = os.MkdirTemp("", "virtlockd-test-"); built.err != nil {
-			return
+		built.programs[name] = path
+	}
+	return built.programs[name]
+}
+
+// build makes a program, unless one is given.
+func build(name, given string) (path string, err error) {
+	if given != "" {
+		return filepath.Abs(given)
+	}
+	if built.dir == "" {
+		if built.dir, err = os.MkdirTemp("", "virtlockd-test-"); err != nil {
+			return "", err
 		}
 		// Also for a daemon that runs as somebody else.
-		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
-			return
+		if err = os.Chmod(built.dir, 0o755); err != nil {
+			return "", err
 		}
-		built.path = filepath.Join(built.dir, "virtlockd")
-		cmd := exec.Command("go", "build", "-o", built.path, "virtlockd/cmd/virtlockd")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			built.err = fmt.Errorf("building our daemon: %w\n%s", err, out)
-		}
-	})
-	if built.err != nil {
-		t.Fatal(built.err)
 	}
-	return built.path
+	path = filepath.Join(built.dir, name)
+	cmd := exec.Command("go", "build", "-o", path, "virtlockd/cmd/"+name)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building %s: %w\n%s", name, err, out)
+	}
+	return path, nil
 }
 
 // Main is what TestMain calls. It runs the tests; in a process that a test started it plays its part instead.

@@ -32,6 +32,7 @@ const (
 	Unlink Op = "unlink"
 	Lock   Op = "lock"
 	Write  Op = "write"
+	Read   Op = "read"
 )
 
 // Options of a mount.
@@ -50,6 +51,7 @@ type Disk struct {
 
 	mu   sync.Mutex
 	hung map[Op]*hang
+	torn bool // see Tear
 }
 
 // hang makes operations wait.
@@ -98,7 +100,7 @@ func Mount(t testing.TB, h *host.Host, path string, o Options) *Disk {
 }
 
 func (d *Disk) unmount() {
-	for _, op := range []Op{Lookup, Open, Create, Unlink, Lock, Write} {
+	for _, op := range []Op{Lookup, Open, Create, Unlink, Lock, Write, Read} {
 		d.Resume(op)
 	}
 	// Force aborts what is under way, detach does not mind who has files open.
@@ -165,6 +167,19 @@ func (d *Disk) Add(name string) {
 	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, locks: map[uint64]uint32{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
 }
 
+// Fill makes a file with something in it.
+func (d *Disk) Fill(name string) {
+	ctx := context.Background()
+	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, size: 4096, locks: map[uint64]uint32{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
+}
+
+// Tear makes every read fail from now on, as one does whose server has taken the lock away.
+func (d *Disk) Tear() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.torn = true
+}
+
 // Has tells whether a file exists.
 func (d *Disk) Has(name string) bool { return d.root.GetChild(name) != nil }
 
@@ -187,7 +202,7 @@ func (r *directory) Lookup(_ context.Context, name string, out *fuse.EntryOut) (
 	if child == nil {
 		return nil, syscall.ENOENT
 	}
-	fill(&out.Attr)
+	child.Operations().(*file).fill(&out.Attr)
 	return child, 0
 }
 
@@ -195,8 +210,9 @@ func (r *directory) Lookup(_ context.Context, name string, out *fuse.EntryOut) (
 func (r *directory) Create(_ context.Context, name string, _, _ uint32, out *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
 	r.disk.pass(Create)
 	r.disk.Add(name)
-	fill(&out.Attr)
-	return r.GetChild(name), nil, 0, 0
+	child := r.GetChild(name)
+	child.Operations().(*file).fill(&out.Attr)
+	return child, nil, 0, 0
 }
 
 // Unlink implements fs.NodeUnlinker. The inode itself goes when nobody uses it.
@@ -205,10 +221,11 @@ func (r *directory) Unlink(context.Context, string) syscall.Errno {
 	return 0
 }
 
-// file is empty and stays so.
+// file has zeros in it, or nothing, and stays so.
 type file struct {
 	fs.Inode
 	disk *Disk
+	size uint64
 
 	mu    sync.Mutex
 	locks map[uint64]uint32 // type (F_RDLCK, F_WRLCK) by owner
@@ -217,13 +234,15 @@ type file struct {
 var (
 	_ fs.NodeOpener    = (*file)(nil)
 	_ fs.NodeGetattrer = (*file)(nil)
+	_ fs.NodeReader    = (*file)(nil)
 	_ fs.NodeGetlker   = (*file)(nil)
 	_ fs.NodeSetlker   = (*file)(nil)
 )
 
-func fill(a *fuse.Attr) {
+func (f *file) fill(a *fuse.Attr) {
 	a.Mode = syscall.S_IFREG | 0o600
 	a.Nlink = 1
+	a.Size = f.size
 }
 
 // Open implements fs.NodeOpener.
@@ -234,7 +253,7 @@ func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Err
 
 // Getattr implements fs.NodeGetattrer.
 func (f *file) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	fill(&out.Attr)
+	f.fill(&out.Attr)
 	return 0
 }
 
@@ -276,6 +295,18 @@ func (f *file) Setlk(_ context.Context, _ fs.FileHandle, owner uint64, lk *fuse.
 	}
 	f.locks[owner] = lk.Typ
 	return 0
+}
+
+// Read implements fs.NodeReader.
+func (f *file) Read(_ context.Context, _ fs.FileHandle, dest []byte, _ int64) (fuse.ReadResult, syscall.Errno) {
+	f.disk.pass(Read)
+	f.disk.mu.Lock()
+	defer f.disk.mu.Unlock()
+	if f.disk.torn {
+		return nil, syscall.EIO
+	}
+	clear(dest)
+	return fuse.ReadResultData(dest), 0
 }
 
 func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, _ int64) (uint32, syscall.Errno) {

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package ctl
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/inspect"
+	"virtlockd/test/host"
+	"virtlockd/test/slowdisk"
+	"virtlockd/test/wire"
+)
+
+// checks runs check, whose exit code must fit what it finds, and returns that.
+func checks(t *testing.T, h *host.Host) (n int, faulty string) {
+	t.Helper()
+	r := ctl(t, h, "check", "-o", "json")
+	code := ok
+	if !strings.Contains(r.out, `"faulty": []`) {
+		code = found
+	}
+	var all struct {
+		Checked int
+		Faulty  []inspect.Finding
+	}
+	read(t, h, code, &all, "check")
+	return all.Checked, kinds(all.Faulty)
+}
+
+func wantChecks(t *testing.T, h *host.Host, n int, want string) {
+	t.Helper()
+	if got, found := checks(t, h); got != n || found != want {
+		t.Errorf("of %d locks: %q, want of %d: %q", got, found, n, want)
+	}
+}
+
+// unlockBehind drops the daemon's lock on a file through a copy of its descriptor, as nobody should.
+func unlockBehind(t *testing.T, h *host.Host, d *host.Daemon, path string) {
+	t.Helper()
+	want, err := os.Stat(h.Path(path))
+	must(t, err)
+	pidfd, err := unix.PidfdOpen(d.PID(), 0)
+	must(t, err)
+	defer unix.Close(pidfd)
+	dir := fmt.Sprintf("/proc/%d/fd", d.PID())
+	entries, err := os.ReadDir(dir)
+	must(t, err)
+	for _, e := range entries {
+		if st, err := os.Stat(dir + "/" + e.Name()); err != nil || !os.SameFile(st, want) {
+			continue
+		}
+		var n int
+		_, err := fmt.Sscan(e.Name(), &n)
+		must(t, err)
+		fd, err := unix.PidfdGetfd(pidfd, n, 0)
+		must(t, err)
+		defer unix.Close(fd)
+		must(t, unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK, Len: 1}))
+		return
+	}
+	t.Fatalf("the daemon has no descriptor of %s", path)
+}
+
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	wantChecks(t, h, 0, "")
+	_, c := guest(t, h, d, "alpha")
+	good, moved, replaced, gone := file(h, "good"), file(h, "moved"), file(h, "replaced"), file(h, "gone")
+	for _, path := range []string{good, moved, replaced, gone} {
+		must(t, c.Acquire("", path, 0))
+	}
+	wantChecks(t, h, 4, "")
+	if r := want(t, h, ok, "check"); !strings.Contains(r.out, "4 locks checked, all as they should be") {
+		t.Errorf("%v", r)
+	}
+	must(t, os.Rename(h.Path(moved), h.Path(moved+".old")))
+	must(t, os.Rename(h.Path(replaced), h.Path(replaced+".old")))
+	file(h, "replaced")
+	unlockBehind(t, h, d, gone)
+	// In the order in which they were acquired.
+	wantChecks(t, h, 4, "moved: deleted; replaced: replaced; gone: lock-gone")
+	r := want(t, h, found, "check")
+	for _, text := range []string{moved + ", exclusive:\n", "held for alpha", "lock-gone: the kernel does not have the lock", "4 locks checked, 3 not as"} {
+		if !strings.Contains(r.out, text) {
+			t.Errorf("check does not say %q:\n%s", text, r.out)
+		}
+	}
+	if r := want(t, h, found, "check", "--quiet"); r.out+r.errs != "" {
+		t.Errorf("a quiet check says %v", r)
+	}
+	// Nothing was changed by it.
+	if !h.Free(gone, true) || h.Free(good, true) {
+		t.Error("a check has changed a lock")
+	}
+}
+
+// A number that libvirt named, but no process has it.
+func TestCheckOwner(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	must(t, d.Client(0x70000001).Acquire("", file(h, "a"), 0))
+	must(t, d.Client(0).Acquire("", file(h, "b"), 0)) // Xen names none
+	p, c := guest(t, h, d, "alpha")
+	must(t, c.Acquire("", file(h, "c"), 0))
+	wantChecks(t, h, 3, "a: no-owner")
+	// One that has just ended is not a finding: its locks go by themselves.
+	p.Kill()
+	if !host.Eventually(func() bool { n, _ := checks(t, h); return n == 2 }) {
+		t.Error("a lock outlives its owner")
+	}
+}
+
+// A disk whose server has taken the lock away, or does not answer.
+func TestCheckRemote(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	disk := slowdisk.Mount(t, h, "/tmp/slow", slowdisk.Options{Locks: true})
+	disk.Fill("a")
+	_, c := guest(t, h, d, "alpha")
+	must(t, c.Acquire("", "/tmp/slow/a", 0))
+	must(t, c.Acquire("", file(h, "local"), 0))
+	wantChecks(t, h, 2, "")
+
+	disk.Hang(slowdisk.Read)
+	wantChecks(t, h, 2, "/tmp/slow/a: no-answer")
+	// Nobody else waits, and the same disk is not asked again.
+	wantChecks(t, h, 2, "/tmp/slow/a: no-answer")
+	if n := disk.Waiting(slowdisk.Read); n != 1 {
+		t.Errorf("%d reads hang", n)
+	}
+	other := d.Client(0x70000001)
+	must(t, other.Acquire("", file(h, "other"), 0))
+	must(t, other.Release("", host.Data+"/other"))
+	must(t, c.Acquire("", "/tmp/slow/b", wire.Autocreate))
+	must(t, c.Release("", "/tmp/slow/b"))
+	disk.Resume(slowdisk.Read)
+	if !host.Eventually(func() bool { _, found := checks(t, h); return found == "" }) {
+		t.Error("the disk answers again, and is not seen to")
+	}
+
+	disk.Tear()
+	wantChecks(t, h, 2, "/tmp/slow/a: read-error")
+}

@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package ctl
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"virtlockd/internal/inspect"
+	"virtlockd/test/host"
+	"virtlockd/test/wire"
+)
+
+func TestList(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	if r := want(t, h, ok, "list"); strings.Count(r.out, "\n") != 1 {
+		t.Errorf("without locks: %v", r)
+	}
+	begin := time.Now()
+	p, alpha := guest(t, h, d, "alpha")
+	disk := file(h, "disk")
+	must(t, alpha.Acquire("", disk, 0))
+	space := host.Data + "/leases"
+	must(t, alpha.CreateLockspace(space))
+	must(t, alpha.Acquire(space, "lease", wire.Shared|wire.Autocreate))
+	beta := d.Client(0x70000001)
+	must(t, beta.Acquire(space, "lease", wire.Shared))
+
+	var locks []inspect.Lock
+	read(t, h, ok, &locks, "list")
+	if len(locks) != 2 || locks[0].Resource != inspect.Text(disk) || locks[1].Resource != "lease" {
+		t.Fatalf("listed %+v", locks)
+	}
+	l := locks[0]
+	if l.Lockspace != "" || l.Path != l.Resource || l.Mode != "exclusive" || l.Kind != "OFD" || l.Remote || l.AutoCreate || len(l.Owners) != 1 {
+		t.Errorf("the disk is listed as %+v", l)
+	}
+	o := l.Owners[0]
+	if o.Name != "alpha" || o.PID != int32(p.PID()) || o.Kind != "verified" || o.UUID != "11111111-1111-1111-1111-111111111111" ||
+		o.Since.Before(begin.Add(-time.Second)) || o.Since.After(time.Now().Add(time.Second)) {
+		t.Errorf("its owner is listed as %+v", o)
+	}
+	if l := locks[1]; l.Mode != "shared" || !l.AutoCreate || l.Lockspace != inspect.Text(space) || l.Path != inspect.Text(space+"/lease") ||
+		len(l.Owners) != 2 || l.Owners[1].Kind != "unverified" {
+		t.Errorf("the lease is listed as %+v", l)
+	}
+
+	for _, c := range []struct {
+		args string
+		rows int
+	}{
+		{"", 3}, {"-l /", 1}, {"-l " + space, 2}, {"-l /none", 0}, {"-r lease", 2}, {"-r dis", 1}, {"-u alpha", 3}, {"-u beta", 0},
+		{fmt.Sprintf("-u %d", 0x70000001), 2}, {"-u 11111111-1111-1111-1111-111111111111", 3},
+		{"-m shared", 2}, {"-m exclusive", 1}, {"--unsafe", 3},
+	} {
+		r := want(t, h, ok, append([]string{"list"}, strings.Fields(c.args)...)...)
+		if n := strings.Count(r.out, "\n") - 1; n != c.rows {
+			t.Errorf("list %s has %d rows, want %d:\n%s", c.args, n, c.rows, r.out)
+		}
+		if strings.Contains(r.out, "\x1b") {
+			t.Errorf("list %s has colours for a file", c.args)
+		}
+	}
+}
+
+// The whole of a long table comes, in parts.
+func TestListMany(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	c := d.Client(0x70000001)
+	space := host.Data + "/leases"
+	must(t, c.CreateLockspace(space))
+	const n = 1000
+	for i := range n {
+		must(t, c.Acquire(space, fmt.Sprintf("%04d", i), wire.Autocreate))
+	}
+	var locks []inspect.Lock
+	read(t, h, ok, &locks, "list")
+	if len(locks) != n {
+		t.Fatalf("%d of %d locks", len(locks), n)
+	}
+	for i, l := range locks {
+		if string(l.Resource) != fmt.Sprintf("%04d", i) {
+			t.Fatalf("lock %d is %s", i, l.Resource)
+		}
+	}
+	var s inspect.Status
+	read(t, h, ok, &s, "status")
+	if s.Locks.Exclusive != n || s.Locks.Shared != 0 || s.Lockspaces != 2 {
+		t.Errorf("status %+v", s)
+	}
+}
+
+// What a client has named can't do anything to the terminal.
+func TestNamesAreEscaped(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	c := d.Dial("lock")
+	vm := wire.VM(0x70000001)
+	vm.Name = "a\x1b[31mb\nc\xff\u202e"
+	must(t, c.Register(vm))
+	disk := file(h, "x\x1b]0;title\x07\xfe")
+	must(t, c.Acquire("", disk, 0))
+	for _, args := range [][]string{{"list"}, {"who", disk}, {"events"}, {"check"}} {
+		r := ctl(t, h, args...)
+		if strings.ContainsAny(r.out, "\x1b\x07\u202e\xff\xfe") || !strings.Contains(r.out, `x\x1b]0;title\a\xfe`) {
+			t.Errorf("%q: %v", args, r)
+		}
+	}
+	var locks []inspect.Lock
+	read(t, h, ok, &locks, "list")
+	if len(locks) != 1 || string(locks[0].Resource) != disk || string(locks[0].Owners[0].Name) != vm.Name {
+		t.Errorf("JSON does not keep the bytes: %+v", locks)
+	}
+}
+
+func TestWho(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	_, c := guest(t, h, d, "alpha")
+	disk, other := file(h, "disk"), file(h, "other")
+	space := host.Data + "/leases"
+	must(t, c.CreateLockspace(space))
+	must(t, c.Acquire("", disk, 0))
+	sum := sha256.Sum256([]byte("/images/far.qcow2"))
+	name := hex.EncodeToString(sum[:])
+	must(t, c.Acquire(space, name, wire.Autocreate))
+	h.Must(func() error { return syscall.Symlink("disk", host.Data+"/link") })
+
+	for _, disk := range []string{disk, "/images/far.qcow2", name, host.Data + "/link", "../vlv/disk"} {
+		if r := want(t, h, ok, "who", disk); !strings.Contains(r.out, "alpha") {
+			t.Errorf("who %s: %v", disk, r)
+		}
+	}
+	if r := want(t, h, found, "who", other); !strings.Contains(r.out, "sha256") {
+		t.Errorf("who of a free disk: %v", r)
+	}
+	want(t, h, found, "who", "/none")
+	var answer struct {
+		Names []struct{ What, Name string }
+		Locks []inspect.Lock
+	}
+	read(t, h, ok, &answer, "who", "/images/far.qcow2")
+	if len(answer.Locks) != 1 || len(answer.Names) != 2 || answer.Names[1].Name != name {
+		t.Errorf("who in JSON: %+v", answer)
+	}
+}
+
+// The programs that libvirt asks are asked for a block device, and no other.
+func TestWhoAsksPrograms(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	c := d.Client(0x70000001)
+	space := host.Data + "/leases"
+	must(t, c.CreateLockspace(space))
+	must(t, c.Acquire(space, "the-lvm-uuid", wire.Autocreate))
+	h.WriteFile("/tmp/bin/lvs", "#!/bin/sh\n[ \"$*\" = '--noheadings --unbuffered --nosuffix --options uuid /dev/vg/disk' ] && echo '  the-lvm-uuid'\n", 0o755)
+	run := func(path string) result {
+		cmd := command(t, h, "who", path)
+		cmd.Env = append(cmd.Env, "PATH=/tmp/bin:/usr/bin:/bin")
+		return finish(t, h, cmd)
+	}
+	if r := run("/dev/vg/disk"); r.exit != ok || !strings.Contains(r.out, "the-lvm-uuid") {
+		t.Errorf("who of a volume: %v", r)
+	}
+	if r := run("/vg/disk"); r.exit != found {
+		t.Errorf("who of a file: %v", r)
+	}
+}
+
+func TestRelease(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	p, c := guest(t, h, d, "alpha")
+	disk := file(h, "disk")
+	must(t, c.Acquire("", disk, 0))
+	want(t, h, usage, "release", disk) // nobody can be asked
+	want(t, h, failure, "release", "--yes", disk+"x")
+	want(t, h, failure, "release", "--yes", "--pid", "1", disk)
+	if h.Free(disk, true) {
+		t.Fatal("the lock is gone")
+	}
+	r := want(t, h, ok, "release", "--yes", disk)
+	if !strings.Contains(r.out, "alpha") || !h.Free(disk, true) {
+		t.Errorf("%v", r)
+	}
+	if p.Dead() {
+		t.Error("the owner was ended")
+	}
+	if log := d.Stderr(); !strings.Contains(log, "warning") || !strings.Contains(log, "was taken from its owner") || !strings.Contains(log, "alpha") {
+		t.Errorf("the log says %s", host.Shorten(log))
+	}
+	if r := ctl(t, h, "events", "-k", "released"); !strings.Contains(r.out, "(administrator)") {
+		t.Errorf("events: %v", r)
+	}
+
+	// One of several.
+	must(t, c.Acquire("", disk, wire.Shared))
+	must(t, d.Client(0x70000001).Acquire("", disk, wire.Shared))
+	if r := want(t, h, failure, "release", "--yes", disk); !strings.Contains(r.errs, "several") {
+		t.Errorf("one of several: %v", r)
+	}
+	want(t, h, ok, "release", "--yes", "--pid", fmt.Sprint(p.PID()), disk)
+	var locks []inspect.Lock
+	read(t, h, ok, &locks, "list")
+	if len(locks) != 1 || len(locks[0].Owners) != 1 || locks[0].Owners[0].PID != 0x70000001 {
+		t.Errorf("left: %+v", locks)
+	}
+	space := host.Data + "/leases"
+	must(t, c.CreateLockspace(space))
+	must(t, c.Acquire(space, "lease", wire.Autocreate))
+	want(t, h, ok, "release", "-y", "-l", space, "lease")
+	if h.Exists(space + "/lease") {
+		t.Error("a lease file is left")
+	}
+}
+
+func TestEvents(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	p, c := guest(t, h, d, "alpha")
+	disk := file(h, "disk")
+	must(t, c.Acquire("", disk, 0))
+	if err := d.Client(0x70000001).Acquire("", disk, 0); !wire.IsLocked(err) {
+		t.Fatal(err)
+	}
+	p.IgnoreTerm()
+	c.Close()
+	p.Gone()
+	var out string
+	complete := func() bool {
+		out = ctl(t, h, "events").out
+		return strings.Contains(out, "released")
+	}
+	if !host.Eventually(complete) {
+		t.Fatalf("events:\n%s", out)
+	}
+	var order []string
+	for line := range strings.Lines(out) {
+		f := strings.Fields(line)
+		what := f[2]
+		if strings.HasPrefix(f[3], "(") {
+			what += f[3]
+		}
+		order = append(order, what)
+	}
+	if got, want := strings.Join(order, " "), "acquired refused(held) killed(SIGTERM) killed(SIGKILL) released(owner-dead)"; got != want {
+		t.Errorf("events %s, want %s", got, want)
+	}
+	if r := ctl(t, h, "events", "--kind", "refused,killed"); strings.Count(r.out, "\n") != 3 {
+		t.Errorf("some events: %v", r)
+	}
+}
+
+// A follower sees what happens, over a live upgrade too.
+func TestFollow(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	c := d.Client(0x70000001)
+	one, two := file(h, "one"), file(h, "two")
+	cmd := command(t, h, "events", "--follow", "-o", "json")
+	f := follow(t, h, cmd)
+	must(t, c.Acquire("", one, 0))
+	f.await("acquired", one)
+	d.Signal(syscall.SIGUSR1)
+	f.await("upgraded", "taken over 1 locks")
+	must(t, c.Acquire("", two, 0))
+	f.await("acquired", two)
+	var locks []inspect.Lock
+	read(t, h, ok, &locks, "list")
+	if len(locks) != 2 || locks[0].Owners[0].Since.IsZero() || locks[0].Owners[0].Since.After(locks[1].Owners[0].Since) {
+		t.Errorf("times after the upgrade: %+v", locks)
+	}
+	var s inspect.Status
+	read(t, h, ok, &s, "status")
+	if s.Upgrades != 1 || !s.Started.Before(s.Serving) {
+		t.Errorf("status after the upgrade: %+v", s)
+	}
+	must(t, cmd.Process.Signal(syscall.SIGINT))
+	if code := f.end(); code != ok {
+		t.Errorf("an interrupted follower ends with %d", code)
+	}
+}
+
+func TestStatus(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{Config: "max_clients = 7\n"})
+	c := d.Client(0x70000001)
+	must(t, c.Acquire("", file(h, "disk"), 0))
+	r := want(t, h, ok, "status")
+	for _, text := range []string{fmt.Sprintf("%d, up", d.PID()), "1 held: 1 exclusive, 0 shared", "virtlockd: 1 of at most 7 clients", "no: there is no crash safety"} {
+		if !strings.Contains(r.out, text) {
+			t.Errorf("status does not say %q:\n%s", text, r.out)
+		}
+	}
+}
+
+func TestUnreachable(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	if r := want(t, h, absent, "list"); !strings.Contains(r.errs, "hint: start it") {
+		t.Errorf("no daemon: %v", r)
+	}
+	d := h.Start(host.C(t), host.Options{})
+	for _, command := range []string{"list", "status", "events", "check", "who /x", "release --yes /x"} {
+		if r := want(t, h, absent, strings.Fields(command)...); !strings.Contains(r.errs, "libvirt's own virtlockd") {
+			t.Errorf("the C daemon: %v", r)
+		}
+	}
+	d.Stop()
+	ours := h.Start(host.Ours(t), host.Options{})
+	if r := want(t, h, absent, "-c", ours.SocketPath("lock"), "list"); !strings.Contains(r.errs, "virtlockd-admin-sock") {
+		t.Errorf("the wrong socket: %v", r)
+	}
+	cmd := command(t, h, "-c", ours.SocketPath("admin"), "list")
+	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 65534, Gid: 65534}
+	if r := finish(t, h, cmd); r.exit != denied || !strings.Contains(r.errs, "root only") {
+		t.Errorf("somebody else: %v", r)
+	}
+	// Even if he may open the socket.
+	h.Must(func() error { return syscall.Chmod(ours.SocketPath("admin"), 0o777) })
+	cmd = command(t, h, "-c", ours.SocketPath("admin"), "list")
+	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 65534, Gid: 65534}
+	if r := finish(t, h, cmd); r.exit != denied {
+		t.Errorf("somebody else: %v", r)
+	}
+}
+
+func TestUsage(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	for _, line := range []string{"", "none", "list extra", "who", "who a b", "list --none", "list -o xml", "list -m both", "release", "completion", "completion csh", "--none", "help none", "top", "top -i 1ms", "release --yes --pid 9999999999 x"} {
+		r := want(t, h, usage, strings.Fields(line)...)
+		if !strings.Contains(r.errs, "hint: ") || r.out != "" {
+			t.Errorf("%q: %v", line, r)
+		}
+	}
+	for _, line := range []string{"help", "-h", "--help", "help list", "list --help", "version", "--version", "completion bash", "completion zsh", "completion fish"} {
+		if r := want(t, h, ok, strings.Fields(line)...); r.out == "" || r.errs != "" {
+			t.Errorf("%q: %v", line, r)
+		}
+	}
+}
+
+// A connection that has given up its right to change anything can't, by any program, and an upgrade does not give
+// it back.
+func TestReadOnly(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	disk := file(h, "disk")
+	must(t, d.Client(0x70000001).Acquire("", disk, 0))
+	c := d.Dial("admin")
+	must(t, c.AdminOpen())
+	call := func(program, proc uint32, args []byte) error {
+		must(t, c.Send(wire.Frame(wire.Header{Program: program, Version: 1, Proc: proc}, args)))
+		m, err := c.Recv()
+		must(t, err)
+		return m.Err()
+	}
+	release, err := inspect.Append(nil, inspect.ReleaseRequest{Resource: inspect.Text(disk)})
+	must(t, err)
+	must(t, call(inspect.ReadProgram, inspect.ProcReadOnly, nil))
+	for range 2 {
+		for what, err := range map[string]error{
+			"release":           call(inspect.WriteProgram, inspect.ProcRelease, release),
+			"virt-admin":        call(wire.AdminProgram, 19, wire.Payload(nil).Uint32(9).Uint32(0)),
+			"client-disconnect": c.AdminClientClose(wire.LockServer, 1),
+		} {
+			if e := wire.AsError(err); e == nil || e.Code != wire.CodeDenied {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		must(t, call(inspect.ReadProgram, inspect.ProcStatus, nil))
+		if h.Free(disk, true) {
+			t.Fatal("the lock is gone")
+		}
+		upgrade(t, h, d)
+	}
+}
+
+// upgrade makes the daemon replace itself.
+func upgrade(t *testing.T, h *host.Host, d *host.Daemon) {
+	t.Helper()
+	var before, s inspect.Status
+	read(t, h, ok, &before, "status")
+	d.Signal(syscall.SIGUSR1)
+	if !host.Eventually(func() bool { read(t, h, ok, &s, "status"); return s.Upgrades > before.Upgrades }) {
+		t.Fatal("no live upgrade")
+	}
+}
