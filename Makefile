@@ -17,6 +17,10 @@ COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 PREFIX ?= /usr
 SBINDIR ?= $(PREFIX)/sbin
 MANDIR ?= $(PREFIX)/share/man
+BASHDIR ?= $(PREFIX)/share/bash-completion/completions
+ZSHDIR ?= $(PREFIX)/share/zsh/site-functions
+FISHDIR ?= $(PREFIX)/share/fish/vendor_completions.d
+DATADIR ?= $(PREFIX)/share/virtlockd
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 SYSCONFDIR ?= /etc
 RUNSTATEDIR ?= /run
@@ -37,13 +41,15 @@ LDFLAGS = -s -w \
 	-X $(INFO).Runstatedir=$(RUNSTATEDIR) \
 	-X $(INFO).Localstatedir=$(LOCALSTATEDIR)
 BIN = bin/virtlockd
+CTL = bin/virtlockctl
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
 # The tests of the whole daemon build it themselves, which the cache of test results does not see: -count=1.
 # The race detector watches the packages whose code runs in the test's own process; the tests of the
 # whole daemon run the real binary.
 RACED = ./cmd/... ./internal/...
-UNITS = virtlockd.service virtlockd.socket virtlockd-admin.socket
+UNITS = virtlockd.service virtlockd.socket virtlockd-admin.socket virtlockctl-exporter.service
+COMPLETION = cmd/virtlockctl/completion
 
 .PHONY: all build demo test storm bench fuzz lint install setup clean
 
@@ -86,7 +92,14 @@ lint:
 
 install: build
 	install -D -m 0755 $(BIN) '$(DESTDIR)$(SBINDIR)/virtlockd'
+	install -D -m 0755 $(CTL) '$(DESTDIR)$(SBINDIR)/virtlockctl'
 	install -D -m 0644 man/virtlockd.8 '$(DESTDIR)$(MANDIR)/man8/virtlockd.8'
+	install -D -m 0644 man/virtlockctl.8 '$(DESTDIR)$(MANDIR)/man8/virtlockctl.8'
+	install -D -m 0644 $(COMPLETION)/virtlockctl.bash '$(DESTDIR)$(BASHDIR)/virtlockctl'
+	install -D -m 0644 $(COMPLETION)/_virtlockctl '$(DESTDIR)$(ZSHDIR)/_virtlockctl'
+	install -D -m 0644 $(COMPLETION)/virtlockctl.fish '$(DESTDIR)$(FISHDIR)/virtlockctl.fish'
+	install -D -m 0644 packaging/grafana/virtlockd.json '$(DESTDIR)$(DATADIR)/grafana/virtlockd.json'
+	install -D -m 0644 packaging/prometheus/virtlockd.rules.yaml '$(DESTDIR)$(DATADIR)/prometheus/virtlockd.rules.yaml'
 	test -e '$(DESTDIR)$(SYSCONFDIR)/libvirt/virtlockd.conf' || \
 		install -D -m 0644 packaging/virtlockd.conf '$(DESTDIR)$(SYSCONFDIR)/libvirt/virtlockd.conf'
 	install -d '$(DESTDIR)$(UNITDIR)' '$(DESTDIR)$(LOCALSTATEDIR)/log/libvirt'

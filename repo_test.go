@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -193,13 +194,15 @@ func TestDaemonImports(t *testing.T) {
 	}
 }
 
+var placeholder = regexp.MustCompile(`@[A-Z]+@`)
+
 // Units are installed with the paths of the build; a placeholder that nobody replaces would end up in them.
 func TestUnits(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	cmd := exec.Command("make", "-s", "install", "DESTDIR="+dir, "SBINDIR=/opt/sbin", "SYSCONFDIR=/opt/etc", "RUNSTATEDIR=/opt/run", "LOCALSTATEDIR=/opt/var")
 	// The binary that other tests may be running is left alone.
-	cmd.Args = append(cmd.Args, "BUILD=true", "BIN=/bin/true")
+	cmd.Args = append(cmd.Args, "BUILD=true", "BIN=/bin/true", "CTL=/bin/true")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -209,13 +212,15 @@ func TestUnits(t *testing.T) {
 			"OOMPolicy=continue", "LimitNOFILE=1024:524288", "Restart=always", "RestartSec=100ms", "StartLimitIntervalSec=0", "NotifyAccess=main"},
 		"virtlockd.socket":       {"ListenStream=/opt/run/libvirt/virtlockd-sock", "TriggerLimitIntervalSec=0", "SocketMode=0600"},
 		"virtlockd-admin.socket": {"ListenStream=/opt/run/libvirt/virtlockd-admin-sock", "TriggerLimitIntervalSec=0", "SocketMode=0600", "Service=virtlockd.service"},
+		"virtlockctl-exporter.service": {"ExecStart=/opt/sbin/virtlockctl exporter ", "EnvironmentFile=-/opt/etc/default/virtlockctl-exporter",
+			"CapabilityBoundingSet=", "NoNewPrivileges=yes", "ProtectSystem=strict"},
 	} {
 		content, err := os.ReadFile(filepath.Join(units, name))
 		if err != nil {
 			t.Error(err)
 			continue
 		}
-		if strings.Contains(string(content), "@") {
+		if placeholder.Match(content) {
 			t.Errorf("%s: a placeholder is left\n%s", name, content)
 		}
 		for _, want := range wants {
@@ -225,13 +230,19 @@ func TestUnits(t *testing.T) {
 		}
 		// Images and leases may be anywhere, and what such a setting filters would be inherited by
 		// the C daemon that a host goes back to.
+		if name == "virtlockctl-exporter.service" {
+			continue
+		}
 		for _, sandbox := range []string{"ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "DevicePolicy", "ProtectClock", "SystemCallFilter"} {
 			if strings.Contains(string(content), "\n"+sandbox+"=") {
 				t.Errorf("%s: %s= keeps the daemon from images", name, sandbox)
 			}
 		}
 	}
-	for _, name := range []string{"opt/sbin/virtlockd", "usr/share/man/man8/virtlockd.8", "opt/etc/libvirt/virtlockd.conf", "opt/var/log/libvirt"} {
+	for _, name := range []string{"opt/sbin/virtlockd", "opt/sbin/virtlockctl", "usr/share/man/man8/virtlockd.8", "usr/share/man/man8/virtlockctl.8",
+		"usr/share/bash-completion/completions/virtlockctl", "usr/share/zsh/site-functions/_virtlockctl",
+		"usr/share/fish/vendor_completions.d/virtlockctl.fish", "usr/share/virtlockd/grafana/virtlockd.json",
+		"usr/share/virtlockd/prometheus/virtlockd.rules.yaml", "opt/etc/libvirt/virtlockd.conf", "opt/var/log/libvirt"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
 			t.Error(err)
 		}
@@ -257,14 +268,14 @@ func TestUnitsAreValid(t *testing.T) {
 		t.Skip("no systemd-analyze: test/setup installs it")
 	}
 	dir := t.TempDir()
-	if out, err := exec.Command("make", "-s", "install", "BUILD=true", "BIN=/bin/true", "SBINDIR="+dir+"/sbin", "MANDIR="+dir+"/man",
+	if out, err := exec.Command("make", "-s", "install", "BUILD=true", "BIN=/bin/true", "CTL=/bin/true", "PREFIX="+dir, "SBINDIR="+dir+"/sbin", "MANDIR="+dir+"/man",
 		"UNITDIR="+dir+"/units", "SYSCONFDIR="+dir+"/etc", "LOCALSTATEDIR="+dir+"/var").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := exec.Command(analyze, "verify", "--man=no", dir+"/units/virtlockd.service")
+	cmd := exec.Command(analyze, "verify", "--man=no", dir+"/units/virtlockd.service", dir+"/units/virtlockctl-exporter.service")
 	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+"/units:/lib/systemd/system")
 	out, err := cmd.CombinedOutput()
-	if err != nil || bytes.Contains(out, []byte("virtlockd")) {
+	if err != nil || bytes.Contains(out, []byte("virtlock")) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }

@@ -51,6 +51,12 @@ func (f *Files) Workers() (all, busy int) {
 	return len(f.pool.busy) + len(f.pool.idle), len(f.pool.busy)
 }
 
+// Probe is a lock as it was at one moment, by which it can be checked while its owner does what he likes.
+type Probe struct{ lock Lock }
+
+// Probe returns a picture of the lock, which nobody may be releasing in this moment.
+func (l *Lock) Probe() Probe { return Probe{*l} }
+
 // Check looks whether a lock is what it is believed to be: held by the kernel, exclusively if so said, on the
 // file that is at its path, which can be read. It takes no reference and keeps nobody from releasing the lock
 // meanwhile; then what it finds means nothing, and the caller has to see to that.
@@ -58,7 +64,8 @@ func (f *Files) Workers() (all, busy int) {
 // An error says that it could not look. It may block as long as the disk hangs.
 //
 // No file is opened in this process: closing it again would drop a POSIX lock on it.
-func (l *Lock) Check(exclusive bool) (found []*FaultError, err error) {
+func (p *Probe) Check(exclusive bool) (found []*FaultError, err error) {
+	l := &p.lock
 	o := l.files.begin("check", l.path)
 	defer l.files.end(o)
 	if l.mount != "" {

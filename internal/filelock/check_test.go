@@ -15,7 +15,8 @@ import (
 // wantFaults checks a lock.
 func wantFaults(t *testing.T, l *Lock, want ...Fault) {
 	t.Helper()
-	found, err := l.Check(l.Mode() == Exclusive)
+	p := l.Probe()
+	found, err := p.Check(l.Mode() == Exclusive)
 	if err != nil {
 		t.Errorf("check: %v", err)
 	}
@@ -92,7 +93,8 @@ func TestCheck(t *testing.T) {
 		shared := mustLock(t, f, path, Shared, false)
 		wantFaults(t, shared)
 		if f.openat2 {
-			if found, err := shared.Check(true); err != nil || len(found) != 1 || found[0].Fault != Gone {
+			p := shared.Probe()
+			if found, err := p.Check(true); err != nil || len(found) != 1 || found[0].Fault != Gone {
 				t.Errorf("a shared lock that should be exclusive: %v, %v", found, err)
 			}
 		}
@@ -137,10 +139,11 @@ func TestCheckWithoutWorker(t *testing.T) {
 	f.openat2 = false
 	path := makeFile(t, filepath.Join(t.TempDir(), "disk"), "content")
 	l := mustLock(t, f, path, Exclusive, false)
+	p := l.Probe()
 	mustRelease(t, l, "")
 	f.Close()
 	var failed *Error
-	if found, err := l.Check(true); len(found) != 0 || !errors.As(err, &failed) || failed.Op != OpCheck || !errors.Is(err, ErrClosed) {
+	if found, err := p.Check(true); len(found) != 0 || !errors.As(err, &failed) || failed.Op != OpCheck || !errors.Is(err, ErrClosed) {
 		t.Errorf("%v, %v", found, err)
 	}
 }

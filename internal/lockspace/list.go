@@ -96,17 +96,37 @@ func (r *resource) entry() Entry {
 	return e
 }
 
+// Probe returns what the lock of an entry can be checked by, if it is held still.
+func (t *Table) Probe(e *Entry) (p filelock.Probe, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := t.still(e)
+	if r == nil {
+		return p, false
+	}
+	return r.lock.Probe(), true
+}
+
+// still returns the resource of an entry, nil if it was given up meanwhile. t.mu is held.
+func (t *Table) still(e *Entry) *resource {
+	s := t.spaces[e.Lockspace]
+	if s == nil {
+		return nil
+	}
+	r := s.resources[e.Resource]
+	if r == nil || r.phase != held || r.lock != e.Lock {
+		return nil
+	}
+	return r
+}
+
 // Current tells whether the resource is held by that very lock still, and returns its holds as they are now. Whoever found
 // something wrong with an entry asks before he says so: it may have been released meanwhile.
 func (t *Table) Current(e *Entry) (holds []Holding, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := t.spaces[e.Lockspace]
-	if s == nil {
-		return nil, false
-	}
-	r := s.resources[e.Resource]
-	if r == nil || r.phase != held || r.lock != e.Lock {
+	r := t.still(e)
+	if r == nil {
 		return nil, false
 	}
 	now := r.entry()

@@ -100,6 +100,11 @@ func (c *Checker) file(e *lockspace.Entry) []Finding {
 	if hung := c.enter(where); hung != nil {
 		return hung
 	}
+	probe, ok := c.table.Probe(e)
+	if !ok {
+		c.leave(where)
+		return nil
+	}
 	type answer struct {
 		faults []*filelock.FaultError
 		err    error
@@ -107,7 +112,7 @@ func (c *Checker) file(e *lockspace.Entry) []Finding {
 	answers := make(chan answer, 1)
 	go func() {
 		defer c.leave(where)
-		faults, err := e.Lock.Check(e.Exclusive)
+		faults, err := probe.Check(e.Exclusive)
 		answers <- answer{faults, err}
 	}()
 	timeout := time.NewTimer(patience)

@@ -87,6 +87,7 @@ func (f *follower) end() int {
 	go func() {
 		defer close(ended)
 		_ = f.cmd.Wait()
+		<-f.done // all that it has printed was read
 	}()
 	if !host.Eventually(func() bool {
 		select {

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package metrics
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"virtlockd/internal/inspect"
+)
+
+func gather(t *testing.T, c *Collector) map[string]int {
+	t.Helper()
+	r := prometheus.NewPedanticRegistry()
+	if err := r.Register(c); err != nil {
+		t.Fatal(err)
+	}
+	families, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := map[string]int{}
+	for _, f := range families {
+		n[f.GetName()] = len(f.GetMetric())
+	}
+	return n
+}
+
+func TestCollector(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	s := &inspect.Status{
+		Now:     now,
+		Servers: []inspect.Server{{Name: "virtlockd"}, {Name: "admin"}},
+		Calls:   []inspect.Call{{Since: now.Add(time.Hour)}}, // the clock was set
+		Counts: []inspect.Count{
+			{Kind: "acquired", N: 1}, {Kind: "refused", Reason: "held"}, {Kind: "refused", Reason: "hung"}, {Kind: "upgraded"},
+			// Of a daemon of tomorrow.
+			{Kind: "lost", Reason: "eaten"}, {Kind: "admired"},
+		},
+	}
+	n := gather(t, &Collector{Ask: func() (*inspect.Status, error) { return s, nil }})
+	for name, want := range map[string]int{
+		"virtlockd_up": 1, "virtlockd_clients": 2, "virtlockd_locks_refused_total": 2, "virtlockd_locks_acquired_total": 1,
+		"virtlockd_locks_lost_total": 0, "virtlockd_locks": 2, "virtlockd_workers": 2,
+	} {
+		if n[name] != want {
+			t.Errorf("%s has %d values, want %d", name, n[name], want)
+		}
+	}
+}
+
+func TestDown(t *testing.T) {
+	t.Parallel()
+	away := errors.New("away")
+	var told error
+	n := gather(t, &Collector{
+		Ask:    func() (*inspect.Status, error) { return nil, away },
+		Failed: func(err error) { told = err },
+	})
+	if len(n) != 1 || n["virtlockd_up"] != 1 || told != away {
+		t.Errorf("%v, told %v", n, told)
+	}
+}
