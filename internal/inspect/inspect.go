@@ -38,7 +38,7 @@ const (
 	// MaxRequest bounds the arguments of a call: two names of the lock protocol, each byte as \u0000.
 	MaxRequest = 1 << 20
 	// MaxReply bounds a result.
-	MaxReply = 8 << 20
+	MaxReply = 16 << 20
 	// MaxPart bounds how many locks, or events, a part has.
 	MaxPart = 256
 )

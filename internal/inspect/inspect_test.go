@@ -3,6 +3,7 @@
 package inspect
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"strings"
@@ -43,6 +44,43 @@ func TestRoundTrip(t *testing.T) {
 	if err := Decode(b, 10, &got); !errors.Is(err, xdr.ErrDecode) {
 		t.Errorf("beyond the limit: %v", err)
 	}
+}
+
+// The encoder for many locks writes what the one for everything does.
+func TestEncodeLocks(t *testing.T) {
+	t.Parallel()
+	text := rapid.Custom(func(t *rapid.T) Text {
+		return Text(rapid.OneOf(rapid.StringMatching(`[a-z/]*`), rapid.String(), rapid.Map(rapid.SliceOf(rapid.Byte()), func(b []byte) string { return string(b) })).Draw(t, "text"))
+	})
+	rapid.Check(t, func(t *rapid.T) {
+		want := Locks{Locks: []Lock{}, Next: rapid.Int().Draw(t, "next")}
+		e := EncodeLocks([]byte("before"))
+		for range rapid.IntRange(0, 3).Draw(t, "locks") {
+			l := Lock{
+				Lockspace: text.Draw(t, "lockspace"), Resource: text.Draw(t, "resource"), Path: text.Draw(t, "path"),
+				Mode: rapid.String().Draw(t, "mode"), Kind: rapid.String().Draw(t, "kind"),
+				AutoCreate: rapid.Bool().Draw(t, "autocreate"), Remote: rapid.Bool().Draw(t, "remote"), CrashSafe: rapid.Bool().Draw(t, "safe"),
+				File:   File{Dev: rapid.Uint64().Draw(t, "dev"), Ino: rapid.Uint64().Draw(t, "ino"), Block: rapid.Bool().Draw(t, "block")},
+				Owners: []Owner{},
+			}
+			for range rapid.IntRange(0, 3).Draw(t, "owners") {
+				o := Owner{Name: text.Draw(t, "name"), UUID: rapid.String().Draw(t, "uuid"), PID: rapid.Int32().Draw(t, "pid"), Kind: rapid.String().Draw(t, "kind")}
+				if ns := rapid.Int64().Draw(t, "since"); ns > 0 {
+					o.Since = time.Unix(0, ns).UTC()
+				}
+				l.Owners = append(l.Owners, o)
+			}
+			want.Locks = append(want.Locks, l)
+			e.Add(&l)
+		}
+		b, err := Append([]byte("before"), want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := e.End(want.Next); !bytes.Equal(got, b) {
+			t.Fatalf("got  %q\nwant %q", got, b)
+		}
+	})
 }
 
 // A reader of another version is not disturbed.

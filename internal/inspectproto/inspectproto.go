@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime"
 	"time"
 
 	"virtlockd/internal/events"
@@ -92,7 +91,7 @@ func (p *reader) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, 
 		if err := decode(payload, &req); err != nil {
 			return out, err
 		}
-		return inspect.Append(out, p.locks(&req))
+		return p.locks(c, &req, out), nil
 	case inspect.ProcEvents:
 		var req inspect.EventsRequest
 		if err := decode(payload, &req); err != nil {
@@ -126,42 +125,52 @@ func part(limit int) int {
 }
 
 const (
-	// turn is how many locks are described without letting others go first.
+	// turn is how many locks are read with the table's mutex held, and described without letting others go first.
 	turn = 16
-	// maxBytes is about how large a part becomes: names can be long.
+	// maxBytes is about how large a part becomes.
 	maxBytes = 1 << 20
+	// maxName is how much of a domain's name is told: a lock can have thousands of owners.
+	maxName = 256
 	// checkTime is about how long one call checks.
 	checkTime = 2 * time.Second
 	// maxCalls is how many calls in progress are told one by one.
 	maxCalls = 32
 )
 
-func (p *reader) locks(req *inspect.Part) *inspect.Locks {
-	runtime.Gosched()
-	entries, next := p.cfg.Table.List(req.From, part(req.Limit))
-	reply := &inspect.Locks{Locks: make([]inspect.Lock, 0, len(entries)), Next: next}
-	bytes := 0
-	for i := range entries {
-		l := describe(&entries[i], p.cfg.Vault)
-		reply.Locks = append(reply.Locks, l)
-		if bytes += size(&l); bytes > maxBytes && i+1 < len(entries) {
-			reply.Next = entries[i].Slot + 1
-			break
+// locks describes a part of the table. The next part may begin within a turn.
+func (p *reader) locks(c *rpc.Client, req *inspect.Part, out []byte) []byte {
+	limit, next := part(req.Limit), req.From
+	e := inspect.EncodeLocks(out)
+	for pause := newPause(); ; pause.rest() {
+		n, bytes := e.Len()
+		if n >= limit || bytes > maxBytes || c.Over() {
+			return e.End(next)
 		}
-		if i%turn == turn-1 {
-			runtime.Gosched()
+		var entries []lockspace.Entry
+		entries, next = p.cfg.Table.List(next, min(turn, limit-n))
+		for i := range entries {
+			l := describe(&entries[i], p.cfg.Vault)
+			e.Add(&l)
+			if _, bytes := e.Len(); bytes > maxBytes && i+1 < len(entries) {
+				next = entries[i].Slot + 1
+				break
+			}
+		}
+		if next == 0 {
+			return e.End(0)
 		}
 	}
-	return reply
 }
 
-// size is about how much memory a lock's description takes.
-func size(l *inspect.Lock) int {
-	n := len(l.Lockspace) + len(l.Resource) + len(l.Path)
-	for i := range l.Owners {
-		n += len(l.Owners[i].Name) + 128
-	}
-	return n + 256
+// pause keeps whoever looks from taking the processor from those who lock: after each turn it rests for longer than the
+// turn took.
+type pause struct{ begin time.Time }
+
+func newPause() *pause { return &pause{time.Now()} }
+
+func (p *pause) rest() {
+	time.Sleep(max(2*time.Since(p.begin), 50*time.Microsecond))
+	p.begin = time.Now()
 }
 
 func describe(e *lockspace.Entry, v Vault) inspect.Lock {
@@ -185,7 +194,7 @@ func describe(e *lockspace.Entry, v Vault) inspect.Lock {
 }
 
 func describeOwner(d *owner.Details, pid int32) inspect.Owner {
-	return inspect.Owner{Name: inspect.Text(d.Name), UUID: d.UUIDString(), PID: pid}
+	return inspect.Owner{Name: inspect.Text(d.Name[:min(len(d.Name), maxName)]), UUID: d.UUIDString(), PID: pid}
 }
 
 func mode(shared bool) string {
@@ -229,26 +238,36 @@ func describeEvent(e *events.Event) inspect.Event {
 
 // check checks locks one after the other, as long as the client waits and the time is not up.
 func (p *reader) check(c *rpc.Client, req *inspect.Part) *inspect.Checks {
-	entries, next := p.cfg.Table.List(req.From, part(req.Limit))
-	reply := &inspect.Checks{Faulty: []inspect.Finding{}, Next: next}
-	begin := time.Now()
-	for i := range entries {
-		e := &entries[i]
-		if found := p.cfg.Checker.Check(e); len(found) > 0 {
-			f := inspect.Finding{Lock: describe(e, p.cfg.Vault)}
-			for _, problem := range found {
-				f.Problems = append(f.Problems, inspect.Problem{Kind: string(problem.Kind), Text: inspect.Text(problem.Text)})
+	limit, begin := part(req.Limit), time.Now()
+	reply := &inspect.Checks{Faulty: []inspect.Finding{}, Next: req.From}
+	for pause := newPause(); reply.Checked < limit && time.Since(begin) < checkTime && !c.Over(); pause.rest() {
+		var entries []lockspace.Entry
+		entries, reply.Next = p.cfg.Table.List(reply.Next, min(turn, limit-reply.Checked))
+		for i := range entries {
+			p.checkOne(&entries[i], reply)
+			if time.Since(begin) > checkTime && i+1 < len(entries) {
+				reply.Next = entries[i].Slot + 1
+				break
 			}
-			reply.Faulty = append(reply.Faulty, f)
 		}
-		reply.Checked++
-		if (time.Since(begin) > checkTime || c.Over()) && i+1 < len(entries) {
-			reply.Next = e.Slot + 1
+		if reply.Next == 0 {
 			break
 		}
-		runtime.Gosched()
 	}
 	return reply
+}
+
+func (p *reader) checkOne(e *lockspace.Entry, reply *inspect.Checks) {
+	reply.Checked++
+	found := p.cfg.Checker.Check(e)
+	if len(found) == 0 {
+		return
+	}
+	f := inspect.Finding{Lock: describe(e, p.cfg.Vault)}
+	for _, problem := range found {
+		f.Problems = append(f.Problems, inspect.Problem{Kind: string(problem.Kind), Text: inspect.Text(problem.Text)})
+	}
+	reply.Faulty = append(reply.Faulty, f)
 }
 
 // writer is the program that changes something.

@@ -128,23 +128,30 @@ func TestLocks(t *testing.T) {
 	}
 }
 
-// However long the names are, a part stays small.
-func TestLongNames(t *testing.T) {
+// However many owners a lock has, and however long names are, an answer stays within its bounds.
+func TestLargest(t *testing.T) {
 	t.Parallel()
 	f, c := newFixture(t), new(rpc.Client)
-	const n = 60
-	name := string(make([]byte, 60000))
-	for i := range n {
+	name := string(make([]byte, 60000)) // each byte as \u0000
+	var paths []string
+	for i := range 20 {
 		path := filepath.Join(f.dir, fmt.Sprint(i))
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		o, err := f.owners.Named(&owner.Details{PID: int32(i + 1), Name: name}, false)
+		paths = append(paths, path)
+	}
+	owners := 0
+	for pid := int32(1); pid <= 4096; pid++ {
+		o, err := f.owners.Named(&owner.Details{PID: pid, Name: name}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := f.cfg.Table.Acquire(lockspace.Request{Resource: path, Owner: o}); err != nil {
-			t.Fatal(err)
+		for _, path := range paths[:2+int(pid)%2*18] { // some have all, the others half
+			if _, err := f.cfg.Table.Acquire(lockspace.Request{Resource: path, Flags: lockspace.Shared, Owner: o}); err != nil {
+				t.Fatal(err)
+			}
+			owners++
 		}
 		o.Release()
 	}
@@ -162,13 +169,15 @@ func TestLongNames(t *testing.T) {
 		if err := inspect.Decode(out, inspect.MaxReply, &part); err != nil {
 			t.Fatal(err)
 		}
-		seen += len(part.Locks)
+		for _, l := range part.Locks {
+			seen += len(l.Owners)
+		}
 		if from = part.Next; from == 0 {
 			break
 		}
 	}
-	if seen != n || parts < 2 {
-		t.Errorf("%d of %d in %d parts", seen, n, parts+1)
+	if seen != owners || parts < 2 {
+		t.Errorf("%d of %d owners in %d parts", seen, owners, parts+1)
 	}
 }
 

@@ -4,6 +4,7 @@ package lockspace
 
 import (
 	"errors"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -60,13 +61,16 @@ type Holding struct {
 // one that comes or goes meanwhile may be, or not. Others wait for no more than one such part.
 func (t *Table) List(from, limit int) (entries []Entry, next int) {
 	from, limit = max(from, 0), max(limit, 1)
-	entries = make([]Entry, 0, limit) // not with the mutex held
+	limit = min(limit, maxListed)
+	entries, holds := make([]Entry, 0, limit), make([]Holding, 0, limit) // not with the mutex held
 	t.mu.Lock()
 	all := t.slots.all
 	end := min(from+limit, len(all))
 	for i := from; i < end; i++ {
 		if r := all[i]; r != nil && r.phase == held {
-			entries = append(entries, r.entry())
+			var e Entry
+			e, holds = r.entry(holds)
+			entries = append(entries, e)
 		}
 	}
 	if end > from && end < len(all) {
@@ -80,20 +84,24 @@ func (t *Table) List(from, limit int) (entries []Entry, next int) {
 	return entries, next
 }
 
-// entry describes a resource that is held, but for its path. t.mu is held.
-func (r *resource) entry() Entry {
-	e := Entry{
+// maxListed bounds what is looked at in one go.
+const maxListed = 1 << 12
+
+// entry describes a resource that is held, but for its path. Its holds lie behind those that are there
+// already. t.mu is held.
+func (r *resource) entry(holds []Holding) (Entry, []Holding) {
+	first := len(holds)
+	for _, h := range r.holders {
+		holds = append(holds, Holding{h.owner, h.since})
+	}
+	return Entry{
 		Lockspace: r.space.dir, Resource: r.name,
 		Shared: r.shared(), AutoCreate: r.flags&AutoCreate != 0,
 		Exclusive: r.lock.Mode() == filelock.Exclusive,
 		Lock:      r.lock,
-		Holds:     make([]Holding, len(r.holders)),
+		Holds:     slices.Clip(holds[first:]),
 		Slot:      int(r.slot),
-	}
-	for i, h := range r.holders {
-		e.Holds[i] = Holding{h.owner, h.since}
-	}
-	return e
+	}, holds
 }
 
 // Probe returns what the lock of an entry can be checked by, if it is held still.
@@ -129,8 +137,8 @@ func (t *Table) Current(e *Entry) (holds []Holding, ok bool) {
 	if r == nil {
 		return nil, false
 	}
-	now := r.entry()
-	return now.Holds, true
+	_, holds = r.entry(nil)
+	return holds, true
 }
 
 // ErrSeveral says that a resource is shared by several owners, one of whom has to be named.

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"virtlockd/internal/inspect"
 	"virtlockd/test/host"
@@ -109,7 +110,7 @@ func TestNamesAreEscaped(t *testing.T) {
 	must(t, c.Acquire("", disk, 0))
 	for _, args := range [][]string{{"list"}, {"who", disk}, {"events"}, {"check"}} {
 		r := ctl(t, h, args...)
-		if strings.ContainsAny(r.out, "\x1b\x07\u202e\xff\xfe") || !strings.Contains(r.out, `x\x1b]0;title\a\xfe`) {
+		if strings.ContainsAny(r.out, "\x1b\x07\u202e") || !utf8.ValidString(r.out) || !strings.Contains(r.out, `x\x1b]0;title\a\xfe`) {
 			t.Errorf("%q: %v", args, r)
 		}
 	}
