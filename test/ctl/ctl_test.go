@@ -194,8 +194,12 @@ func TestRelease(t *testing.T) {
 	if p.Dead() {
 		t.Error("the owner was ended")
 	}
-	if log := d.Stderr(); !strings.Contains(log, "warning") || !strings.Contains(log, "was taken from its owner") || !strings.Contains(log, "alpha") {
-		t.Errorf("the log says %s", host.Shorten(log))
+	logged := func() bool {
+		log := d.Stderr()
+		return strings.Contains(log, "warning") && strings.Contains(log, "was taken from its owner") && strings.Contains(log, "alpha")
+	}
+	if !host.Eventually(logged) {
+		t.Errorf("the log says %s", host.Shorten(d.Stderr()))
 	}
 	if r := ctl(t, h, "events", "-k", "released"); !strings.Contains(r.out, "(administrator)") {
 		t.Errorf("events: %v", r)
@@ -394,4 +398,30 @@ func upgrade(t *testing.T, h *host.Host, d *host.Daemon) {
 	if !host.Eventually(func() bool { read(t, h, ok, &s, "status"); return s.Upgrades > before.Upgrades }) {
 		t.Fatal("no live upgrade")
 	}
+}
+
+// A user's own daemon is found by that user without being told where it is.
+func TestSession(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	nobody := &syscall.Credential{Uid: 65534, Gid: 65534}
+	const run = "/tmp/xdg"
+	h.Must(func() error {
+		if err := syscall.Mkdir(run, 0o700); err != nil {
+			return err
+		}
+		return syscall.Chown(run, int(nobody.Uid), int(nobody.Gid))
+	})
+	env := []string{"HOME=/none", "XDG_RUNTIME_DIR=" + run, "XDG_CONFIG_HOME=" + run, "XDG_CACHE_HOME=" + run}
+	d := h.Start(host.Ours(t), host.Options{Credential: nobody, Env: env, RunDir: run + "/libvirt", NoWait: true})
+	if !host.Eventually(func() bool { return h.Exists(d.SocketPath("admin")) }) {
+		t.Fatalf("no admin socket\n%s", d.Stderr())
+	}
+	cmd := command(t, h, "status")
+	cmd.Env, cmd.SysProcAttr.Credential = append(cmd.Env, env...), nobody
+	if r := finish(t, h, cmd); r.exit != ok || !strings.Contains(r.out, fmt.Sprint(d.PID())) {
+		t.Errorf("%v", r)
+	}
+	// root is somebody else here.
+	want(t, h, denied, "-c", d.SocketPath("admin"), "status")
 }
