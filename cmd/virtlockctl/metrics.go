@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -23,13 +24,13 @@ import (
 	"virtlockd/internal/metrics"
 )
 
-// registry returns one whose metrics are the daemon's, asked by a connection that can only read. failed is told why
-// it does not answer.
-func (t *tool) registry(failed func(error)) *prometheus.Registry {
+// registry returns one whose metrics are the daemon's, asked by a connection that can only read. note is told why
+// it does not answer, and of nil if it does.
+func (t *tool) registry(note func(error)) *prometheus.Registry {
 	r := prometheus.NewRegistry()
 	r.MustRegister(&metrics.Collector{
-		Failed: failed,
 		Ask: func() (s *inspect.Status, err error) {
+			defer func() { note(err) }()
 			err = t.ask(func(c *inspectclient.Conn) error {
 				if err := c.ReadOnly(); err != nil {
 					return err
@@ -108,7 +109,8 @@ func exporter(flags *pflag.FlagSet) func(*tool, []string) error {
 		}
 		fmt.Fprintf(t.err, "virtlockctl: metrics of %s are at http://%s/metrics\n", clean(t.socket), l.Addr())
 		mux := http.NewServeMux()
-		mux.Handle("GET /metrics", promhttp.HandlerFor(t.registry(t.complain), promhttp.HandlerOpts{
+		o := &outage{tool: t}
+		mux.Handle("GET /metrics", promhttp.HandlerFor(t.registry(o.note), promhttp.HandlerOpts{
 			MaxRequestsInFlight: maxScrapes, Timeout: scrapeTime,
 		}))
 		s := &http.Server{
@@ -123,9 +125,29 @@ func exporter(flags *pflag.FlagSet) func(*tool, []string) error {
 	}
 }
 
-// complain says why there are no metrics but virtlockd_up.
-func (t *tool) complain(err error) {
-	if t.ctx.Err() == nil {
-		fmt.Fprintf(t.err, "virtlockctl: %s\n", clean(err.Error()))
+// outage says once why the daemon does not answer, and when it does again: not with each scrape.
+type outage struct {
+	*tool
+	mu   sync.Mutex
+	said string
+}
+
+func (o *outage) note(err error) {
+	if o.ctx.Err() != nil {
+		return
 	}
+	why := ""
+	if err != nil {
+		why = err.Error()
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	switch {
+	case why == o.said:
+	case why == "":
+		fmt.Fprintln(o.err, "virtlockctl: the daemon answers again")
+	default:
+		fmt.Fprintf(o.err, "virtlockctl: %s\n", clean(why))
+	}
+	o.said = why
 }

@@ -97,18 +97,26 @@ func candidates(ctx context.Context, path string) []candidate {
 	return names
 }
 
-// firstLine returns what a program says first, "" if it fails: then the disk is of another kind.
+// firstLine returns what a program says first, "" if it fails: then the disk is of another kind. One that hangs in the
+// kernel can't be killed, so it is left behind.
 func firstLine(ctx context.Context, name string, args ...string) string {
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.WaitDelay = time.Second // one that hangs in the kernel is left behind
-	out, err := cmd.Output()
-	if err != nil {
+	said := make(chan string, 1)
+	go func() {
+		out, err := exec.CommandContext(ctx, name, args...).Output()
+		if err != nil {
+			out = nil
+		}
+		said <- string(out)
+	}()
+	select {
+	case <-ctx.Done():
 		return ""
+	case text := <-said:
+		line, _, _ := strings.Cut(strings.TrimSpace(text), "\n")
+		return strings.TrimSpace(line)
 	}
-	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-	return strings.TrimSpace(line)
 }
 
 // fileOf tells which file is at a path, if there is one and its disk answers in time.

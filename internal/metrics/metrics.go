@@ -61,8 +61,6 @@ var (
 type Collector struct {
 	// Ask returns the daemon's status. If it can't be had, the daemon counts as down.
 	Ask func() (*inspect.Status, error)
-	// Failed is told of an error; nil: nobody is.
-	Failed func(error)
 }
 
 // Describe implements prometheus.Collector.
@@ -81,9 +79,6 @@ func (c *Collector) Collect(out chan<- prometheus.Metric) {
 	s, err := c.Ask()
 	if err != nil {
 		out <- prometheus.MustNewConstMetric(up, prometheus.GaugeValue, 0)
-		if c.Failed != nil {
-			c.Failed(err)
-		}
 		return
 	}
 	show := func(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels []string) {

@@ -147,9 +147,17 @@ func TestExporter(t *testing.T) {
 	if code, body = get(http.MethodGet, url); code != http.StatusOK || value(exposition(t, body), "virtlockd_up", "") != 0 {
 		t.Errorf("without daemon: %d: %s", code, body)
 	}
+	if code, _ = get(http.MethodGet, url); code != http.StatusOK {
+		t.Errorf("again without daemon: %d", code)
+	}
 	h.Start(host.Ours(t), host.Options{})
 	if code, body = get(http.MethodGet, url); code != http.StatusOK || value(exposition(t, body), "virtlockd_up", "") != 1 {
 		t.Errorf("with a new daemon: %d: %s", code, body)
+	}
+	// It does not complain with each scrape.
+	f.await("answers again")
+	if n := strings.Count(f.printed(), "cannot reach the daemon"); n != 1 {
+		t.Errorf("it says %s", f.printed())
 	}
 	http.DefaultClient.CloseIdleConnections()
 	must(t, cmd.Process.Signal(syscall.SIGTERM))

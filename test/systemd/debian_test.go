@@ -64,7 +64,7 @@ func TestReplaceDebians(t *testing.T) {
 	goesOn()
 
 	installed := t.TempDir()
-	if err := install(host.Ours(t), installed); err != nil {
+	if err := install(host.Ours(t), host.Ctl(t), installed); err != nil {
 		t.Fatal(err)
 	}
 	const unitDir = "/usr/lib/systemd/system/"

@@ -10,14 +10,14 @@ import (
 	"path/filepath"
 )
 
-// install lets "make install" put a built daemon, its units and its configuration below dir.
-func install(binary, dir string) error {
+// install lets "make install" put what was built, the units and the configuration below dir.
+func install(daemon, tool, dir string) error {
 	top, err := sourceTree()
 	if err != nil {
 		return err
 	}
-	// -o build: the binary is there already.
-	cmd := exec.Command("make", "--no-print-directory", "-C", top, "-o", "build", "install", "BIN="+binary, "DESTDIR="+dir)
+	// -o build: the programs are there already.
+	cmd := exec.Command("make", "--no-print-directory", "-C", top, "-o", "build", "install", "BIN="+daemon, "CTL="+tool, "DESTDIR="+dir)
 	// Variables of a make that runs the test are not meant for this one.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME")}
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -100,7 +100,7 @@ func Boot(t testing.TB, o Options) *Machine {
 		files[Config] = ""
 	} else {
 		s.Installed = filepath.Join(dir, "installed")
-		if err := install(host.Ours(t), s.Installed); err != nil {
+		if err := install(host.Ours(t), host.Ctl(t), s.Installed); err != nil {
 			os.RemoveAll(dir)
 			t.Fatal(err)
 		}

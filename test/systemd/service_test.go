@@ -61,6 +61,37 @@ func held(m *Machine, path string) {
 	}
 }
 
+// The exporter's unit takes all from it that it does not need, and nothing that it does; it waits for no daemon.
+func TestExporter(t *testing.T) {
+	t.Parallel()
+	m := Boot(t, Options{})
+	const unit = "virtlockctl-exporter.service"
+	m.Systemctl("start", unit)
+	scrape := func() string {
+		out, _ := m.Run("bash", "-c", `exec 3<>/dev/tcp/127.0.0.1/9747 && printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3 && cat <&3`)
+		return out
+	}
+	wait := func(text string) {
+		t.Helper()
+		var out string
+		if !host.Eventually(func() bool { out = scrape(); return strings.Contains(out, text) }) {
+			t.Fatalf("the exporter does not say %q:\n%s\n%v", text, host.Shorten(out), m.Journal("_SYSTEMD_UNIT="+unit))
+		}
+	}
+	wait("virtlockd_up 0")
+	m.Systemctl("start", LockSocket, AdminSocket)
+	acquire(m, m.Guest().Client(), disk)
+	wait("virtlockd_up 1")
+	wait(`virtlockd_locks{mode="exclusive"} 1`)
+	if n := m.ShowInt(unit, "NRestarts"); n != 0 {
+		t.Errorf("%d restarts", n)
+	}
+	m.Systemctl("stop", unit)
+	if s := m.State(unit); s != "inactive" {
+		t.Errorf("stopped, it is %s", s)
+	}
+}
+
 func TestActivation(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
