@@ -3,6 +3,7 @@
 package ctl
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"strings"
@@ -20,15 +21,16 @@ import (
 func checks(t *testing.T, h *host.Host) (n int, faulty string) {
 	t.Helper()
 	r := ctl(t, h, "check", "-o", "json")
-	code := ok
-	if !strings.Contains(r.out, `"faulty": []`) {
-		code = found
-	}
 	var all struct {
 		Checked int
 		Faulty  []inspect.Finding
 	}
-	read(t, h, code, &all, "check")
+	if err := json.Unmarshal([]byte(r.out), &all); err != nil {
+		t.Fatalf("check: %v: %v", err, r)
+	}
+	if (r.exit == found) != (len(all.Faulty) > 0) || r.exit > found {
+		t.Errorf("check finds %d: %v", len(all.Faulty), r)
+	}
 	return all.Checked, kinds(all.Faulty)
 }
 
