@@ -142,10 +142,7 @@ func (p *reader) locks(c *rpc.Client, req *inspect.Part, out []byte) []byte {
 	limit, next := part(req.Limit), req.From
 	e := inspect.EncodeLocks(out)
 	for pause := newPause(); ; pause.rest() {
-		n, bytes := e.Len()
-		if n >= limit || bytes > maxBytes || c.Over() {
-			return e.End(next)
-		}
+		n, _ := e.Len()
 		var entries []lockspace.Entry
 		entries, next = p.cfg.Table.List(next, min(turn, limit-n))
 		for i := range entries {
@@ -156,8 +153,8 @@ func (p *reader) locks(c *rpc.Client, req *inspect.Part, out []byte) []byte {
 				break
 			}
 		}
-		if next == 0 {
-			return e.End(0)
+		if n, bytes := e.Len(); next == 0 || n >= limit || bytes > maxBytes || c.Over() || c.Hurry() {
+			return e.End(next)
 		}
 	}
 }
@@ -240,21 +237,21 @@ func describeEvent(e *events.Event) inspect.Event {
 func (p *reader) check(c *rpc.Client, req *inspect.Part) *inspect.Checks {
 	limit, begin := part(req.Limit), time.Now()
 	reply := &inspect.Checks{Faulty: []inspect.Finding{}, Next: req.From}
-	for pause := newPause(); reply.Checked < limit && time.Since(begin) < checkTime && !c.Over(); pause.rest() {
+	enough := func() bool { return time.Since(begin) > checkTime || c.Over() || c.Hurry() }
+	for pause := newPause(); ; pause.rest() {
 		var entries []lockspace.Entry
 		entries, reply.Next = p.cfg.Table.List(reply.Next, min(turn, limit-reply.Checked))
 		for i := range entries {
 			p.checkOne(&entries[i], reply)
-			if time.Since(begin) > checkTime && i+1 < len(entries) {
+			if enough() && i+1 < len(entries) {
 				reply.Next = entries[i].Slot + 1
 				break
 			}
 		}
-		if reply.Next == 0 {
-			break
+		if reply.Next == 0 || reply.Checked >= limit || enough() {
+			return reply
 		}
 	}
-	return reply
 }
 
 func (p *reader) checkOne(e *lockspace.Entry, reply *inspect.Checks) {

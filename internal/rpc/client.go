@@ -98,6 +98,10 @@ func (c *Client) ReadOnly() bool { return c.readOnly.Load() }
 // SetReadOnly makes the client one that can only look, for the rest of its life.
 func (c *Client) SetReadOnly() { c.readOnly.Store(true) }
 
+// Hurry tells whether everybody waits for the Call that runs, because of a hand-over to another binary. One that can
+// give a part of its answer now does so.
+func (c *Client) Hurry() bool { return c.server != nil && c.server.freezing.Load() }
+
 // String names the client in logs.
 func (c *Client) String() string { return fmt.Sprintf("client %d (pid %d)", c.id, c.pid) }
 

@@ -102,6 +102,27 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// Nobody waits for a check when the daemon is replaced.
+func TestCheckAndUpgrade(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	c := d.Client(0)
+	space := host.Data + "/leases"
+	must(t, c.CreateLockspace(space))
+	const n = 600
+	for i := range n {
+		must(t, c.Acquire(space, fmt.Sprint(i), wire.Autocreate))
+	}
+	for range 3 {
+		done := make(chan result)
+		go func() { done <- ctl(t, h, "check", "-o", "json") }()
+		upgrade(t, h, d)
+		if r := <-done; r.exit != ok || !strings.Contains(r.out, fmt.Sprintf(`"checked": %d,`, n)) {
+			t.Errorf("check over an upgrade: %v", r)
+		}
+	}
+}
+
 // A number that libvirt named, but no process has it.
 func TestCheckOwner(t *testing.T) {
 	t.Parallel()
