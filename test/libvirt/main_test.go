@@ -30,6 +30,7 @@ var (
 	reference = daemon{name: "c", kind: "POSIX", path: "/usr/sbin/virtlockd"}
 	ours      = daemon{name: "ours", kind: "OFDLCK"} // path set by TestMain
 	daemons   []daemon
+	ctl       string // path of virtlockctl, set by TestMain
 )
 
 // Kinds of hosts, by the lockspaces that libvirt is told to use.
@@ -68,7 +69,11 @@ func run(m *testing.M) (code int) {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	if ours.path, err = build(scratch); err != nil {
+	if ours.path, err = build(scratch, "virtlockd", os.Getenv("VIRTLOCKD_BINARY")); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	if ctl, err = build(scratch, "virtlockctl", os.Getenv("VIRTLOCKCTL_BINARY")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -97,16 +102,16 @@ func missing() string {
 	return ""
 }
 
-// build returns the path of our daemon: $VIRTLOCKD_BINARY if that is set, else one built from this tree.
-func build(dir string) (string, error) {
-	if path := os.Getenv("VIRTLOCKD_BINARY"); path != "" {
-		return filepath.Abs(path)
+// build returns the path of one of our programs: the one that is given, or one built from this tree.
+func build(dir, name, given string) (string, error) {
+	if given != "" {
+		return filepath.Abs(given)
 	}
-	path := filepath.Join(dir, "virtlockd")
-	cmd := exec.Command("go", "build", "-o", path, "virtlockd/cmd/virtlockd")
+	path := filepath.Join(dir, name)
+	cmd := exec.Command("go", "build", "-o", path, "virtlockd/cmd/"+name)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the daemon: %w: %s", err, out)
+		return "", fmt.Errorf("build %s: %w: %s", name, err, out)
 	}
 	return path, nil
 }
