@@ -33,9 +33,6 @@ const (
 	NotChecked Kind = "not-checked" // it could not be looked at
 )
 
-// Kinds are all of them.
-var Kinds = []Kind{Gone, Replaced, Deleted, Invisible, Unreadable, OwnerDead, OwnerGone, NoAnswer, NotChecked}
-
 var faults = map[filelock.Fault]Kind{
 	filelock.Gone:       Gone,
 	filelock.Replaced:   Replaced,

@@ -73,22 +73,24 @@ func TestCheck(t *testing.T) {
 	h, d := start(t, host.Options{})
 	wantChecks(t, h, 0, "")
 	_, c := guest(t, h, d, "alpha")
-	good, moved, replaced, gone := file(h, "good"), file(h, "moved"), file(h, "replaced"), file(h, "gone")
-	for _, path := range []string{good, moved, replaced, gone} {
+	good, moved, replaced, gone, loop := file(h, "good"), file(h, "moved"), file(h, "replaced"), file(h, "gone"), file(h, "loop")
+	for _, path := range []string{good, moved, replaced, gone, loop} {
 		must(t, c.Acquire("", path, 0))
 	}
-	wantChecks(t, h, 4, "")
-	if r := want(t, h, ok, "check"); !strings.Contains(r.out, "4 locks checked, all as they should be") {
+	wantChecks(t, h, 5, "")
+	if r := want(t, h, ok, "check"); !strings.Contains(r.out, "5 locks checked, all as they should be") {
 		t.Errorf("%v", r)
 	}
 	must(t, os.Rename(h.Path(moved), h.Path(moved+".old")))
 	must(t, os.Rename(h.Path(replaced), h.Path(replaced+".old")))
 	file(h, "replaced")
 	unlockBehind(t, h, d, gone)
+	must(t, os.Remove(h.Path(loop)))
+	must(t, os.Symlink("loop", h.Path(loop)))
 	// In the order in which they were acquired.
-	wantChecks(t, h, 4, "moved: deleted; replaced: replaced; gone: lock-gone")
+	wantChecks(t, h, 5, "moved: deleted; replaced: replaced; gone: lock-gone; loop: path-error")
 	r := want(t, h, found, "check")
-	for _, text := range []string{moved + ", exclusive:\n", "held for alpha", "lock-gone: the kernel does not have the lock", "4 locks checked, 3 not as"} {
+	for _, text := range []string{moved + ", exclusive:\n", "held for alpha", "lock-gone: the kernel does not have the lock", "5 locks checked, 4 not as"} {
 		if !strings.Contains(r.out, text) {
 			t.Errorf("check does not say %q:\n%s", text, r.out)
 		}
