@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,7 +114,16 @@ func Boot(t testing.TB, o Options) *Machine {
 	}
 	m.t = t
 	t.Cleanup(m.close)
-	if !host.Eventually(func() bool { return m.Exists("/run/systemd/private") }) {
+	// The socket is there a moment before it can be connected to.
+	up := func() bool {
+		c, err := net.Dial("unix", m.Path("/run/systemd/private"))
+		if err != nil {
+			return false
+		}
+		c.Close()
+		return true
+	}
+	if !host.Eventually(up) {
 		t.Fatal("systemd does not come up")
 	}
 	// Waits for the job that boots the machine.
