@@ -352,7 +352,7 @@ var errBusy = errors.New("and the upgrade would wait too; try again when that ha
 // snapshot puts together what every part says of itself. Everything is frozen.
 func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	s := &state.Snapshot{
-		PID: int32(os.Getpid()), PIDFile: state.NoFD,
+		PID: int32(os.Getpid()), PIDFile: state.NoFD, Vault: state.NoFD,
 		StartTime: d.startTime, Upgrades: d.upgrades + 1,
 	}
 	if d.options.detach {

@@ -51,7 +51,7 @@ func benchLock(b *testing.B, f *Files, path string, create bool) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		l.Release(unlink)
+		l.Release(unlink, nil)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
 )
 
 // Fault is something that is wrong with a lock that is held.
@@ -123,12 +125,12 @@ func holdsLock(fd int, exclusive bool) (bool, error) {
 
 // checkRemote asks a worker. A POSIX lock is its holder's: another one looks at it, by its path.
 func (l *Lock) checkRemote(o *op, exclusive bool) (found []*FaultError, err error) {
-	r := request{op: workCheck, cell: -1}
+	r := request{op: workCheck}
 	if exclusive {
 		r.mode = Exclusive
 	}
 	if l.holder == nil {
-		r.cell = int(l.fd)
+		r.fds = []int{int(l.fd)}
 	} else {
 		var errno syscall.Errno
 		if r.path, errno = l.files.absolute(l.path); errno != 0 {
@@ -159,9 +161,12 @@ func (l *Lock) checkRemote(o *op, exclusive bool) (found []*FaultError, err erro
 func (w *work) check(r request) reply {
 	var fd int
 	var errno syscall.Errno
-	if r.cell >= 0 {
-		if fd, errno = peekIntoCell(r.cell); errno != 0 {
-			return other(errno)
+	if len(r.fds) > 0 {
+		var err error
+		if fd, err = lyingIn(r.fds[0]); errors.Is(err, vault.ErrEmpty) {
+			return other(unix.EAGAIN)
+		} else if err != nil {
+			return other(cellErrno(err))
 		}
 	} else if fd, errno = openToLook(r.path); errno != 0 {
 		return reply{errno: errno, step: stepOpen}
@@ -193,7 +198,7 @@ func openToLook(path string) (fd int, errno syscall.Errno) {
 // locked tells whether the lock is there. The file system may keep its locks to itself; then it is asked from
 // a description of its own, and any lock that is in the way counts as the one meant.
 func (w *work) locked(fd int, r request) bool {
-	if r.cell < 0 {
+	if len(r.fds) == 0 {
 		other, errno := w.blocker(fd, unix.F_GETLK)
 		return errno != 0 || other.Type != unix.F_UNLCK
 	}

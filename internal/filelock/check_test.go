@@ -35,7 +35,7 @@ func unlockBehind(t *testing.T, l *Lock) {
 	fd := int(l.fd)
 	if l.mount != "" {
 		var errno error
-		if fd, errno = peeked(fd); errno != nil {
+		if fd, errno = lyingIn(fd); errno != nil {
 			t.Fatal(errno)
 		}
 		defer unix.Close(fd)
@@ -44,11 +44,6 @@ func unlockBehind(t *testing.T, l *Lock) {
 	if errno := s.setLock(fd, unix.F_OFD_SETLK, unix.F_UNLCK); errno != 0 {
 		t.Fatal(errno)
 	}
-}
-
-func peeked(cell int) (int, error) {
-	fd, errno := peekIntoCell(cell)
-	return fd, errnoError(errno)
 }
 
 func TestCheck(t *testing.T) {

@@ -212,7 +212,7 @@ func (f *Files) stat(o *op, path string) (FileID, error) {
 		return FileID{}, err
 	}
 	if !ok {
-		r, err := f.pool.call(o, mount, nil, request{op: workStat, path: path, cell: -1})
+		r, err := f.pool.call(o, mount, nil, request{op: workStat, path: path})
 		return r.id, err
 	}
 	return info.id, errnoError(errno)
@@ -268,7 +268,7 @@ func (f *Files) makeDir(o *op, path string) error {
 	case err != nil:
 		return err
 	case !ok:
-		_, err := f.pool.call(o, mount, nil, request{op: workMakeDir, path: path, cell: -1})
+		_, err := f.pool.call(o, mount, nil, request{op: workMakeDir, path: path})
 		return err
 	case notDir:
 		return ErrNotDir
@@ -342,7 +342,7 @@ func (f *Files) create(o *op, path string) error {
 		return err
 	}
 	if !ok {
-		_, err := f.pool.call(o, mount, nil, request{op: workCreate, path: path, cell: -1})
+		_, err := f.pool.call(o, mount, nil, request{op: workCreate, path: path})
 		return err
 	}
 	return errnoError(errno)
@@ -393,7 +393,7 @@ func (f *Files) delete(o *op, path string, held func(FileID) bool) error {
 		return err
 	}
 	if !ok {
-		_, err = f.pool.call(o, mount, nil, request{op: workUnlink, path: path, cell: -1})
+		_, err = f.pool.call(o, mount, nil, request{op: workUnlink, path: path})
 	} else {
 		err = errnoError(errno)
 	}

@@ -330,7 +330,7 @@ func TestBurstWaits(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			return l.Release(l.path)
+			return l.Release(l.path, nil)
 		}))
 	}
 	for _, result := range all {
@@ -352,9 +352,9 @@ func TestReleaseHangs(t *testing.T) {
 	first := mustLock(t, f, g.dir+"/disk", Exclusive, false)
 	second := mustLock(t, f, g.dir+"/second", Shared, false)
 	g.want("ok", "hang", "unlock")
-	result := background(func() error { return first.Release("") })
+	result := background(func() error { return first.Release("", nil) })
 	g.eventually("1", "waiting")
-	waits := background(func() error { return second.Release("") }) // no place left, but no error
+	waits := background(func() error { return second.Release("", nil) }) // no place left, but no error
 	eventually(t, "both are in flight", func() bool { return len(f.InFlight()) == 2 })
 	select {
 	case err := <-result:
@@ -511,7 +511,7 @@ func TestWorkerIsKilled(t *testing.T) {
 
 	// In the middle of a release: the next one goes on.
 	g.want("ok", "hang", "unlock")
-	result = background(func() error { return l.Release("") })
+	result = background(func() error { return l.Release("", nil) })
 	g.eventually("1", "waiting")
 	kill(worker(), unix.SIGKILL)
 	g.want("ok", "free", "unlock")

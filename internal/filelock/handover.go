@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/state"
+	"virtlockd/internal/vault"
 )
 
 // State returns what another binary in this process needs to go on with the lock: the
@@ -30,11 +31,37 @@ func (l *Lock) Mode() Mode { return l.mode }
 // PeekCell opens in this process what lies in the cell of a remote lock, for a reader that knows nothing of
 // cells: the C daemon. Close it if it is not handed over.
 func PeekCell(cell int) (int, error) {
-	fd, errno := peekIntoCell(cell)
-	if errno != 0 {
-		return -1, fmt.Errorf("look into the cell of a locked file: %w", errno)
+	fd, err := lyingIn(cell)
+	if err != nil {
+		return -1, fmt.Errorf("look into the cell of a locked file: %w", err)
 	}
 	return fd, nil
+}
+
+// lyingIn opens the file that lies in a cell: the last descriptor in it.
+func lyingIn(cell int) (int, error) {
+	fds, err := vault.At(cell).All()
+	if err != nil {
+		return -1, err
+	}
+	for _, fd := range fds[:len(fds)-1] {
+		unix.Close(fd)
+	}
+	return fds[len(fds)-1], nil
+}
+
+// cellErrno returns the error number of a call on a cell; 0 without error, and if nothing lies there.
+func cellErrno(err error) syscall.Errno {
+	var errno syscall.Errno
+	switch {
+	case err == nil || errors.Is(err, vault.ErrEmpty):
+		return 0
+	case errors.Is(err, vault.ErrTruncated):
+		return unix.EMFILE
+	case errors.As(err, &errno):
+		return errno
+	}
+	return unix.EIO
 }
 
 // Finding says how a lock was found that was taken over.
@@ -247,16 +274,14 @@ func (s *scratch) isLock(fd int, path string, id FileID) error {
 // share makes l a second Lock on the open file description of first.
 func (t *Takeover) share(s *scratch, l, first *Lock, key inode) (*Lock, Finding, error) {
 	var copied int
-	var errno syscall.Errno
+	var err error
 	if first.mount == "" {
-		var err error
 		copied, err = unix.FcntlInt(uintptr(first.fd), unix.F_DUPFD_CLOEXEC, 3)
-		errno = toErrno(err)
 	} else {
-		copied, errno = peekIntoCell(int(first.fd))
+		copied, err = lyingIn(int(first.fd))
 	}
-	if errno != 0 {
-		return nil, Lost, fmt.Errorf("cannot share the lock on %q: %w", l.path, errno)
+	if err != nil {
+		return nil, Lost, fmt.Errorf("cannot share the lock on %q: %w", l.path, err)
 	}
 	found := Kept
 	if first.mode == Exclusive {
@@ -294,14 +319,15 @@ func (t *Takeover) store(l *Lock, fd int, info fileInfo) error {
 	case local:
 		return nil
 	}
-	cell, errno := newCell()
-	if errno == 0 {
-		errno = putInCell(cell, fd)
+	cell, err := vault.NewCell()
+	if err != nil {
+		return &Error{OpStore, l.path, err}
 	}
-	if errno != 0 {
-		return &Error{OpStore, l.path, errno}
+	if err := cell.Put([]byte{1}, fd); err != nil {
+		cell.Close()
+		return &Error{OpStore, l.path, err}
 	}
-	l.mount, l.fd = mount, int32(cell)
+	l.mount, l.fd, l.private = mount, int32(cell.FD()), true
 	unix.Close(fd)
 	return nil
 }
@@ -378,8 +404,8 @@ func (s *scratch) blocker(fd, cmd int) (unix.Flock_t, syscall.Errno) {
 func (l *Lock) Strengthen() bool {
 	fd := int(l.fd)
 	if l.mount != "" {
-		var errno syscall.Errno
-		if fd, errno = peekIntoCell(fd); errno != 0 {
+		var err error
+		if fd, err = lyingIn(fd); err != nil {
 			return false
 		}
 		defer unix.Close(fd)
@@ -390,24 +416,6 @@ func (l *Lock) Strengthen() bool {
 	}
 	l.mode = Exclusive
 	return true
-}
-
-// peekIntoCell returns a copy of the descriptor that lies in a cell.
-func peekIntoCell(cell int) (int, syscall.Errno) {
-	var data [1]byte
-	oob := make([]byte, unix.CmsgSpace(4))
-	for {
-		_, n, flags, _, err := unix.Recvmsg(cell, data[:], oob, unix.MSG_PEEK|unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err != nil:
-			return -1, toErrno(err)
-		case flags&unix.MSG_CTRUNC != 0:
-			return -1, unix.EMFILE
-		}
-		return passedFD(oob[:n]), 0
-	}
 }
 
 // isCell tells why fd is no cell with something in it.

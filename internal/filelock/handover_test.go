@@ -81,7 +81,7 @@ func TestTakeoverFromC(t *testing.T) {
 			if kind, posix := kernelHas(t, path); kind != c.after || posix {
 				t.Errorf("the kernel has type %d, posix %v", kind, posix)
 			}
-			if err := l.Release(""); err != nil {
+			if err := l.Release("", nil); err != nil {
 				t.Error(err)
 			}
 			if kind, _ := kernelHas(t, path); kind != unix.F_UNLCK {
@@ -105,7 +105,7 @@ func TestTakeoverOfOFDLock(t *testing.T) {
 		if err != nil || found != Kept {
 			t.Errorf("mode %d: found %v, error %v", mode, found, err)
 		}
-		if err := l.Release(""); err != nil {
+		if err := l.Release("", nil); err != nil {
 			t.Error(err)
 		}
 	}
@@ -153,11 +153,11 @@ func TestTakeoverOfTwoOwners(t *testing.T) {
 			if kind, _ := kernelHas(t, disk); kind != c.after {
 				t.Errorf("the kernel has type %d, want %d", kind, c.after)
 			}
-			la.Release("")
+			la.Release("", nil)
 			if kind, _ := kernelHas(t, disk); kind == unix.F_UNLCK {
 				t.Error("the lock went with the first name's release")
 			}
-			lb.Release("")
+			lb.Release("", nil)
 			if kind, _ := kernelHas(t, disk); kind != unix.F_UNLCK {
 				t.Error("the lock outlived the last name's release")
 			}
@@ -173,7 +173,7 @@ func TestTakeoverRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Release("")
+	defer l.Release("", nil)
 	fd, st := l.State()
 	other, err := unix.Open(filepath.Join(dir, "b"), unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC, 0o600)
 	if err != nil {

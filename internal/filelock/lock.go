@@ -8,19 +8,23 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
 )
 
 // Lock is one held lock. It has one owner, who calls Release exactly once.
 type Lock struct {
 	files  *Files
 	id     FileID
-	path   string        // as given, for logs
-	mount  string        // whom a worker works for; "" if it is direct
-	holder *worker       // whose process has the lock: only POSIX ones on remote files
-	fd     int32         // the locked file, or the cell that it lies in
-	shares *atomic.Int32 // how many Locks share this one open file description; nil: it has it alone
-	mode   Mode
-	kind   Kind
+	path   string  // as given, for logs
+	mount  string  // whom a worker works for; "" if it is direct
+	holder *worker // whose process has the lock: only POSIX ones on remote files
+	fd     int32   // the locked file; if it is remote, a cell that the file lies in
+	// private: that cell is the Lock's own, not one that Store has put the file into.
+	private bool
+	shares  *atomic.Int32 // how many Locks share this one open file description; nil: it has it alone
+	mode    Mode
+	kind    Kind
 }
 
 // ID returns the identity of the locked file.
@@ -99,7 +103,7 @@ func (l *Lock) lockDirect(o *op, path string, create bool) (out outcome, device 
 		if create {
 			// Whoever held the lock before may have removed the name.
 			if now, errno := o.statAt(dir); errno != 0 || now.id != l.id {
-				l.giveUp(o, nil)
+				l.giveUp(o, nil, nil)
 				continue
 			}
 		}
@@ -183,8 +187,9 @@ func (l *Lock) lockError(errno syscall.Errno) error {
 }
 
 // giveUp gives up a direct lock. unlink, if not nil, is called before, while
-// the lock is exclusive, or not at all.
-func (l *Lock) giveUp(o *op, unlink func() error) (err error) {
+// the lock is exclusive, or not at all; cell, if not nil, has the last copy of the
+// descriptor.
+func (l *Lock) giveUp(o *op, unlink func() error, cell *vault.Cell) (err error) {
 	if l.kind == POSIX {
 		err = l.files.posix.release(&o.scratch, l.id, int(l.fd), unlink)
 	} else {
@@ -193,6 +198,9 @@ func (l *Lock) giveUp(o *op, unlink func() error) (err error) {
 		}
 		// Explicitly, since another copy of the descriptor would keep it.
 		o.setLock(int(l.fd), unix.F_OFD_SETLK, unix.F_UNLCK)
+		if cell != nil {
+			cell.Drop()
+		}
 		unix.Close(int(l.fd))
 	}
 	l.fd = -1
@@ -204,21 +212,34 @@ func (l *Lock) giveUp(o *op, unlink func() error) (err error) {
 // the path unlink (if not ""), if it is the locked file itself, regular and
 // empty, and nobody else holds it: a shared lock is made exclusive for that,
 // or nothing is removed.
-func (l *Lock) Release(unlink string) error {
+//
+// cell is the one that the last hold was stored in, nil if it was not. It is empty
+// afterwards. In a process that dies in the midst of this, the cell still has the
+// file until it is unlocked, so that the next one can release it again.
+func (l *Lock) Release(unlink string, cell *vault.Cell) error {
 	o := l.files.begin("release", l.path)
 	defer l.files.end(o)
 	if l.shares != nil && l.shares.Add(-1) > 0 {
-		unix.Close(int(l.fd)) // the file or the cell: the kernel's lock is the others' too
+		// The file or the cell: the kernel's lock is the others' too.
+		if cell != nil {
+			cell.Drop()
+		}
+		if l.mount == "" || l.private {
+			unix.Close(int(l.fd))
+		}
 		l.fd = -1
 		return nil
 	}
+	if cell != nil {
+		cell.Word().Store(vault.Releasing)
+	}
 	if l.mount != "" {
-		return l.releaseRemote(o, unlink)
+		return l.releaseRemote(o, unlink, cell)
 	}
 	if unlink == "" {
-		return l.giveUp(o, nil)
+		return l.giveUp(o, nil, cell)
 	}
-	return l.giveUp(o, func() error { return l.unlinkDirect(o, unlink) })
+	return l.giveUp(o, func() error { return l.unlinkDirect(o, unlink) }, cell)
 }
 
 // unlinkDirect removes the lease file at path. The lock is exclusive.

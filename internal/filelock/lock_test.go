@@ -200,7 +200,7 @@ func TestLockRechecks(t *testing.T) {
 				default:
 				}
 				if l, err := other.Lock(path, Exclusive, true); err == nil {
-					l.Release(path)
+					l.Release(path, nil)
 				}
 			}
 		}()

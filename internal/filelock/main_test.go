@@ -176,7 +176,7 @@ func mustLock(t testing.TB, f *Files, path string, mode Mode, create bool) *Lock
 
 func mustRelease(t testing.TB, l *Lock, unlink string) {
 	t.Helper()
-	if err := l.Release(unlink); err != nil {
+	if err := l.Release(unlink, nil); err != nil {
 		t.Error(err)
 	}
 }

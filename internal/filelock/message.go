@@ -4,9 +4,12 @@ package filelock
 
 import (
 	"encoding/binary"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
 )
 
 // What passes over a worker's control socket (SOCK_SEQPACKET, so messages
@@ -14,7 +17,7 @@ import (
 // byte order, no versions.
 //
 // The worker speaks first, once: an empty reply, when it is ready. Then each
-// request is one message (with the cell as SCM_RIGHTS where one is needed), and so
+// request is one message (with cells as SCM_RIGHTS where they are needed), and so
 // is each reply.
 
 // request is what a worker is asked to do.
@@ -22,8 +25,12 @@ type request struct {
 	op     workOp
 	mode   Mode
 	create bool
-	path   string // absolute; of workRelease: what to unlink, may be ""
-	cell   int    // of workLock, workRelease and workCheck, else -1; -1 too if a worker itself holds the lock
+	path   string // absolute; of workRelease: what to unlink, may be ""; of workShare: the record
+	// fds are: of workLock the cell to store the file in; of workRelease and workCheck the cell that it lies in, none if the
+	// worker itself holds the lock; of workShare that cell, another one, and perhaps a pidfd to go with the file.
+	fds []int
+	// busy, if not nil, is told who works on it: see vault.Busy. It is not part of the message.
+	busy *atomic.Uint64
 }
 
 type workOp uint8
@@ -36,6 +43,7 @@ const (
 	workUnlink
 	workStat
 	workCheck // look at what is in the cell, or, without one, at the file at path
+	workShare // store what is in one cell in another one, with a record
 )
 
 // reply is what came of it. The errno belongs to the step.
@@ -62,7 +70,8 @@ const (
 
 const (
 	requestHeader = 3
-	maxRequest    = requestHeader + pathMax
+	maxRequest    = requestHeader + max(pathMax, vault.MaxRecord)
+	maxRequestFDs = 3
 	replySize     = 24
 )
 
@@ -75,8 +84,8 @@ func parseRequest(b []byte) (request, bool) {
 	if len(b) < requestHeader || len(b) > maxRequest {
 		return request{}, false
 	}
-	r := request{op: workOp(b[0]), mode: Mode(b[1]), create: b[2] != 0, path: string(b[requestHeader:]), cell: -1}
-	return r, r.op >= workLock && r.op <= workCheck && r.mode <= Exclusive
+	r := request{op: workOp(b[0]), mode: Mode(b[1]), create: b[2] != 0, path: string(b[requestHeader:])}
+	return r, r.op >= workLock && r.op <= workShare && r.mode <= Exclusive
 }
 
 func appendReply(b []byte, r reply) []byte {
@@ -109,11 +118,11 @@ func asByte(b bool) byte {
 	return 0
 }
 
-// sendMessage sends one message, with the descriptor fd if it isn't -1.
-func sendMessage(socket int, data []byte, fd int) error {
+// sendMessage sends one message with descriptors.
+func sendMessage(socket int, data []byte, fds ...int) error {
 	var oob []byte
-	if fd >= 0 {
-		oob = unix.UnixRights(fd)
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
 	}
 	for {
 		err := unix.Sendmsg(socket, data, oob, nil, unix.MSG_NOSIGNAL)
@@ -131,4 +140,17 @@ func receiveMessage(socket int, data, oob []byte) (n, oobn int, err error) {
 			return n, oobn, err
 		}
 	}
+}
+
+// passedFDs returns the descriptors in the control data of a message.
+func passedFDs(oob []byte) []int {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(msgs) == 0 {
+		return nil
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil {
+		return nil
+	}
+	return fds
 }

@@ -119,7 +119,7 @@ func TestDelete(t *testing.T) {
 		os.Symlink(".", dir+"/dir")
 		mkdir(t, dir+"/directory")
 		l := mustLock(t, f, held, Exclusive, false)
-		defer l.Release("")
+		defer l.Release("", nil)
 		foreign := startRole(t, "locker")
 		foreign.want("ok", "posix", "write", dir+"/data")
 		for _, test := range []struct {

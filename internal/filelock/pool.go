@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
 )
 
 // maxIdle is how many workers may wait for work; the others end at once.
@@ -167,7 +169,10 @@ var errNotBegun = errors.New("the worker processes end before they begin; see wh
 func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 	p.files.working(o, mount, w.pid)
 	defer p.files.working(o, mount, 0)
-	err := sendMessage(w.control, appendRequest(o.buf[:0], r), r.cell)
+	if r.busy != nil {
+		r.busy.Store(vault.Busy(w.pid))
+	}
+	err := sendMessage(w.control, appendRequest(o.buf[:0], r), r.fds...)
 	for err == nil {
 		var data [replySize + 1]byte
 		var n int

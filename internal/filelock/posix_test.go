@@ -176,7 +176,7 @@ func TestPOSIXTableUnderLoad(t *testing.T) {
 					writers--
 				}
 				mu.Unlock()
-				if err := l.Release([]string{"", path}[random.IntN(2)]); err != nil {
+				if err := l.Release([]string{"", path}[random.IntN(2)], nil); err != nil {
 					t.Error(err)
 				}
 			}

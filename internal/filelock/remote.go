@@ -7,26 +7,28 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
 )
 
 // lockRemote has a worker open and lock the file. What the worker opened goes
 // into a cell and never into the descriptor table of this process: its
 // close would ask the server, and could hang, at exec and exit too.
 func (l *Lock) lockRemote(o *op, mount, path string, create bool) error {
-	cell, errno := newCell()
-	if errno != 0 {
-		return &Error{OpStore, l.path, fmt.Errorf("make a socket for the locked file: %w", errno)}
+	cell, err := vault.NewCell()
+	if err != nil {
+		return &Error{OpStore, l.path, fmt.Errorf("make a socket for the locked file: %w", err)}
 	}
-	r := request{op: workLock, mode: l.mode, create: create, path: path, cell: cell}
+	r := request{op: workLock, mode: l.mode, create: create, path: path, fds: []int{cell.FD()}}
 	answer, err := l.files.pool.call(o, mount, nil, r)
 	switch {
 	case err == nil && answer.posix:
-		unix.Close(cell)
+		cell.Close()
 		l.id, l.mount, l.kind, l.holder = answer.id, mount, POSIX, answer.holder
 		l.files.warnOnce(mount, "no open file description locks there; each POSIX lock needs a process of its own, and a crash of this daemon gives them up")
 		return nil
 	case err == nil:
-		l.id, l.mount, l.fd = answer.id, mount, int32(cell)
+		l.id, l.mount, l.fd, l.private = answer.id, mount, int32(cell.FD()), true
 		return nil
 	}
 	switch answer.step {
@@ -34,7 +36,7 @@ func (l *Lock) lockRemote(o *op, mount, path string, create bool) error {
 		if errors.Is(err, errDied) {
 			// It may have stored the file before. If this fails too, closing
 			// the cell gives the lock up.
-			_, _ = l.files.pool.call(o, mount, nil, request{op: workRelease, mode: l.mode, cell: cell})
+			_, _ = l.files.pool.call(o, mount, nil, request{op: workRelease, mode: l.mode, fds: []int{cell.FD()}})
 		}
 		err = wrap(OpWorker, l.path, err)
 	case stepOpen:
@@ -47,12 +49,12 @@ func (l *Lock) lockRemote(o *op, mount, path string, create bool) error {
 	default:
 		err = l.lockError(answer.errno)
 	}
-	unix.Close(cell)
+	cell.Close()
 	return err
 }
 
 // releaseRemote is Release for what lies in a cell or is held by a worker.
-func (l *Lock) releaseRemote(o *op, unlink string) error {
+func (l *Lock) releaseRemote(o *op, unlink string, cell *vault.Cell) error {
 	var err error
 	if unlink != "" {
 		abs, errno := l.files.absolute(unlink)
@@ -61,16 +63,25 @@ func (l *Lock) releaseRemote(o *op, unlink string) error {
 		}
 		unlink = abs
 	}
-	r := request{op: workRelease, mode: l.mode, path: unlink, cell: int(l.fd)}
+	r := request{op: workRelease, mode: l.mode, path: unlink}
+	if l.holder == nil {
+		r.fds = []int{int(l.fd)}
+	}
+	if cell != nil {
+		r.busy = cell.Word()
+	}
 	_, failed := l.files.pool.call(o, l.mount, l.holder, r)
 	if l.holder == nil {
 		if errors.Is(failed, errDied) {
 			// Once more, with another worker. If the cell is empty by now, the
-			// first one had the file, and its end was the lock's.
+			// first one was through.
 			_, failed = l.files.pool.call(o, l.mount, nil, r)
 		}
 		// Should the file still be in there, then this gives the lock up.
-		unix.Close(int(l.fd))
+		vault.At(int(l.fd)).Empty()
+		if l.private {
+			unix.Close(int(l.fd))
+		}
 		l.fd = -1
 	}
 	if failed != nil {

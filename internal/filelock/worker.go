@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
 )
 
 const (
@@ -107,27 +109,28 @@ func (w *work) serve() bool {
 		return false
 	}
 	r, ok := parseRequest(w.in[:n])
-	if r.cell = passedFD(w.rights[:oobn]); !ok || r.cell < 0 && r.op == workLock {
+	r.fds = passedFDs(w.rights[:oobn])
+	if !ok || r.op == workLock && len(r.fds) != 1 || r.op == workShare && len(r.fds) < 2 {
 		return false
 	}
 	answer := w.do(r)
 	sent := w.send(answer)
 	if !sent && r.op == workLock && answer.errno == 0 && answer.step == stepNone {
 		// Nobody knows of this lock, nor of a lease file that was made for it.
-		undo := request{op: workRelease, mode: r.mode, cell: r.cell}
+		undo := request{op: workRelease, mode: r.mode, fds: r.fds}
 		if r.create {
 			undo.path = r.path
 		}
 		w.release(undo)
 	}
-	if r.cell >= 0 {
-		unix.Close(r.cell)
+	for _, fd := range r.fds {
+		unix.Close(fd)
 	}
 	return sent
 }
 
 func (w *work) send(r reply) bool {
-	return sendMessage(workerControl, appendReply(w.out[:0], r), -1) == nil
+	return sendMessage(workerControl, appendReply(w.out[:0], r)) == nil
 }
 
 func (w *work) do(r request) reply {
@@ -140,6 +143,8 @@ func (w *work) do(r request) reply {
 		return makeDirs(r.path)
 	case workCreate:
 		return create(r.path)
+	case workShare:
+		return share(r)
 	case workUnlink:
 		return other(retry(func() error { return unix.Unlink(r.path) }))
 	case workCheck:
@@ -215,9 +220,9 @@ func (w *work) lock(r request) reply {
 			w.held = fd
 			return reply{id: info.id, posix: true}
 		}
-		if errno := putInCell(r.cell, fd); errno != 0 {
+		if err := vault.At(r.fds[0]).Put([]byte{1}, fd); err != nil {
 			w.giveUp(fd, cmd)
-			return reply{errno: errno, step: stepStore}
+			return reply{errno: cellErrno(err), step: stepStore}
 		}
 		unix.Close(fd)
 		return reply{id: info.id}
@@ -233,19 +238,37 @@ func (w *work) giveUp(fd, cmd int) {
 // release is Release.
 func (w *work) release(r request) reply {
 	fd, cmd := w.held, unix.F_SETLK
-	if w.held = -1; fd < 0 {
-		var errno syscall.Errno
+	w.held = -1
+	if len(r.fds) > 0 {
+		var err error
 		cmd = unix.F_OFD_SETLK
-		if fd, errno = takeFromCell(r.cell); errno != 0 {
-			return reply{} // it was released before, by a worker that then died
+		if fd, err = lyingIn(r.fds[0]); err != nil {
+			return other(cellErrno(err)) // none: it was released before, by a worker that then died
 		}
+		// It leaves the cell last: whoever finds it there after a crash releases it again.
+		defer unix.Close(fd)
 	}
 	var errno syscall.Errno
 	if r.path != "" && (r.mode == Exclusive || w.setLock(fd, cmd, unix.F_WRLCK) == 0) {
 		errno = w.unlinkLease(fd, r.path)
 	}
-	w.giveUp(fd, cmd)
+	if len(r.fds) > 0 {
+		w.setLock(fd, cmd, unix.F_UNLCK)
+		vault.At(r.fds[0]).Drop()
+	} else {
+		w.giveUp(fd, cmd)
+	}
 	return reply{errno: errno, step: stepOther}
+}
+
+// share is Lock.Store.
+func share(r request) reply {
+	file, err := lyingIn(r.fds[0])
+	if err == nil {
+		err = vault.At(r.fds[1]).Put([]byte(r.path), append(r.fds[2:], file)...)
+		unix.Close(file)
+	}
+	return other(cellErrno(err))
 }
 
 func (w *work) unlinkLease(fd int, path string) syscall.Errno {

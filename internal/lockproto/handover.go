@@ -9,6 +9,7 @@ import (
 	"virtlockd/internal/owner"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
+	"virtlockd/internal/vault"
 )
 
 // Save writes what a connection has told us into a snapshot. No call of the client runs meanwhile. place
@@ -27,6 +28,20 @@ func (p *Program) Save(c *rpc.Client, place func(*owner.Owner) int32, into *stat
 	}
 	if c.Owed() && s.acquired != (lockspace.Hold{}) {
 		into.Undo = &state.Undo{Lockspace: s.acquired.Lockspace, Resource: s.acquired.Resource}
+	}
+}
+
+// Describe says what is stored of a connection so that it outlives a crash. No other call of the client runs meanwhile.
+func (p *Program) Describe(c *rpc.Client, into *vault.Client) {
+	s := c.Session.(*session)
+	into.State.Restricted = s.restricted
+	if s.owner == nil {
+		return
+	}
+	into.State.Registered = true
+	into.State.Owner = state.Details(*s.owner)
+	if self := s.self.Load(); self != nil {
+		into.PIDFD = self.State().PIDFD
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"virtlockd/internal/owner"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
+	"virtlockd/internal/vault"
 	"virtlockd/internal/xdr"
 )
 
@@ -210,6 +211,7 @@ func (p *Program) register(c *rpc.Client, s *session, a *args) error {
 	s.forget()
 	s.owner = &a.owner
 	s.self.Store(self)
+	c.Changed()
 	return nil
 }
 
@@ -221,8 +223,9 @@ func (s *session) forget() {
 	s.owner = nil
 }
 
-func (p *Program) restrict(_ *rpc.Client, s *session, _ *args) error {
+func (p *Program) restrict(c *rpc.Client, s *session, _ *args) error {
 	s.restricted = true
+	c.Changed()
 	return nil
 }
 
@@ -252,6 +255,7 @@ func (p *Program) deleteResource(c *rpc.Client, s *session, a *args) error {
 
 func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
 	req := s.request(c, a)
+	req.Origin = vault.Origin{Client: c.ID(), Request: c.Request()}
 	req.Owner = s.self.Load()
 	if req.Owner == nil {
 		named, err := p.cfg.Owners.Named(s.owner, s.inOurs(c))

@@ -42,7 +42,7 @@ func (t *Table) Snapshot(place func(*owner.Owner) int32) (def []state.Resource, 
 		s := t.spaces[dir]
 		resources := make([]state.Resource, 0, len(s.resources))
 		for _, r := range s.resources {
-			if r.phase == held {
+			if r.phase == held || r.phase == acquiring && len(r.holders) > 0 { // another hold of it is being stored
 				resources = append(resources, r.snapshot(place))
 			}
 		}
@@ -118,11 +118,14 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 	t.files[lock.ID()] = r
 	t.slots.add(r)
 	for i, o := range owners {
-		var since int64
+		h := hold{owner: o}
 		if i < len(res.Since) {
-			since = res.Since[i]
+			h.since = res.Since[i]
 		}
-		t.addHolder(r, o, since)
+		if i < len(res.Cells) && res.Cells[i] != 0 {
+			h.cell = t.vault.Load().Cell(res.Cells[i])
+		}
+		t.addHolder(r, h)
 	}
 	t.count(r, 1)
 	return rivals, nil

@@ -13,11 +13,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
+	"virtlockd/internal/vault"
 )
 
 // Flags of an acquisition, with the values of the wire.
@@ -66,6 +68,7 @@ type resource struct {
 	flags   uint32 // of the first acquisition
 	phase   phase
 	lock    *filelock.Lock
+	cell    *vault.Cell   // releasing: what the last hold was stored in, or nil
 	holders []hold        // one for each acquisition
 	settled chan struct{} // made by the first that waits for the end of a phase, closed then
 	alias   *resource     // next in Table.files: another name of the same file
@@ -78,7 +81,8 @@ func (r *resource) shared() bool { return r.flags&Shared != 0 }
 type hold struct {
 	owner  *owner.Owner
 	serial uint64
-	since  int64 // Unix time in ns; 0: not known, from a C daemon
+	since  int64       // Unix time in ns; 0: not known, from a C daemon
+	cell   *vault.Cell // what it is stored in; nil: it ends with the process
 }
 
 // Hold names one acquisition, so that just this one can be undone. The zero value names none.
@@ -90,6 +94,7 @@ type Hold struct {
 type space struct {
 	dir       string // "": the default lockspace
 	resources map[string]*resource
+	cell      *vault.Cell // what it is stored in, or nil
 }
 
 // path of a resource's file. Exactly the C daemon's join, so that both mean the same file.
@@ -103,6 +108,10 @@ func (s *space) path(name string) string {
 // Table holds all lockspaces.
 type Table struct {
 	cfg Config
+
+	// vault is where holds are stored; nil: nowhere. It changes only while the table is frozen, or before it is used.
+	vault    atomic.Pointer[vault.Vault]
+	unstored atomic.Uint64 // how often it was not possible to store something
 
 	mu       sync.Mutex
 	spaces   map[string]*space
@@ -206,7 +215,9 @@ func (t *Table) Add(dir string) error {
 	if t.spaces[dir] != nil {
 		return fail(ErrExists)
 	}
-	t.spaces[dir] = &space{dir: dir, resources: map[string]*resource{}}
+	s := &space{dir: dir, resources: map[string]*resource{}}
+	t.storeSpace(s)
+	t.spaces[dir] = s
 	return nil
 }
 
@@ -216,6 +227,7 @@ type Request struct {
 	Resource  string
 	Flags     uint32
 	Owner     *owner.Owner // Acquire: for whom
+	Origin    vault.Origin // Acquire: which request this is
 	Client    Client       // who asks; nil waits for ever
 }
 
@@ -310,8 +322,8 @@ func (t *Table) acquire(req *Request) (serial uint64, path string, err error) {
 		return 0, path, ErrRetired
 	}
 	if r != nil {
-		defer t.mu.Unlock()
 		serial, err = t.join(r, req)
+		t.mu.Unlock()
 		return serial, path, err
 	}
 	if s.dir != "" && escapes(req.Resource) {
@@ -328,12 +340,16 @@ func (t *Table) acquire(req *Request) (serial uint64, path string, err error) {
 		mode = filelock.Shared
 	}
 	lock, err := t.cfg.Locker.Lock(path, mode, r.flags&AutoCreate != 0)
+	since := time.Now().UnixNano()
+	if err == nil {
+		r.lock = lock
+		r.cell = t.store(r, req.Owner, req.Origin, since)
+	}
 
 	t.mu.Lock()
 	if err == nil {
-		r.lock = lock
 		if err = t.admissible(r, req.Owner); err == nil {
-			serial = t.hold(r, req.Owner)
+			serial = t.hold(r, req.Owner, since)
 			t.end(r)
 			t.changed(1)
 			return serial, path, nil
@@ -356,7 +372,7 @@ func escapes(name string) bool {
 	return slices.Contains(strings.Split(name, "/"), "..")
 }
 
-// join adds an owner to a resource that is held. t.mu is held.
+// join adds an owner to a resource that is held. t.mu is held, but not all the time.
 func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	switch {
 	case !r.shared() || req.Flags&Shared == 0:
@@ -372,7 +388,21 @@ func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 			return 0, ErrLocked
 		}
 	}
-	return t.acquired(r, req.Owner), nil
+	now := time.Now().UnixNano()
+	if t.vault.Load() == nil {
+		return t.acquired(r, req.Owner, nil, now), nil
+	}
+	t.begin(r, acquiring)
+	t.mu.Unlock()
+	cell := t.store(r, req.Owner, req.Origin, now)
+	t.mu.Lock()
+	r.phase = held
+	t.end(r)
+	if req.Owner.Dead() { // and what it held was given up meanwhile
+		t.unstore(r, cell)
+		return 0, ErrOwnerEnded
+	}
+	return t.acquired(r, req.Owner, cell, now), nil
 }
 
 // admissible tells why a lock just taken can't be kept. t.mu is held.
@@ -398,37 +428,42 @@ func (t *Table) admissible(r *resource, o *owner.Owner) error {
 }
 
 // hold enters a resource whose lock was taken. t.mu is held.
-func (t *Table) hold(r *resource, o *owner.Owner) (serial uint64) {
+func (t *Table) hold(r *resource, o *owner.Owner, since int64) (serial uint64) {
 	r.phase = held
 	id := r.lock.ID()
 	r.alias = t.files[id]
 	t.files[id] = r
 	t.slots.add(r)
 	t.count(r, 1)
-	return t.acquired(r, o)
+	cell := r.cell
+	r.cell = nil
+	return t.acquired(r, o, cell, since)
 }
 
 // acquired adds a holder. t.mu is held.
-func (t *Table) acquired(r *resource, o *owner.Owner) (serial uint64) {
-	now := time.Now().UnixNano()
-	serial = t.addHolder(r, o, now)
-	t.report(events.Acquired, "", r, o, now)
+func (t *Table) acquired(r *resource, o *owner.Owner, cell *vault.Cell, since int64) (serial uint64) {
+	serial = t.addHolder(r, hold{owner: o, cell: cell, since: since})
+	t.report(events.Acquired, "", r, o, since)
 	return serial
 }
 
-func (t *Table) addHolder(r *resource, o *owner.Owner, since int64) (serial uint64) {
-	o.Retain()
+// addHolder enters a hold and numbers it. t.mu is held.
+func (t *Table) addHolder(r *resource, h hold) (serial uint64) {
+	h.owner.Retain()
 	t.serial++
-	r.holders = append(r.holders, hold{o, t.serial, since})
+	h.serial = t.serial
+	o := h.owner
+	r.holders = append(r.holders, h)
 	t.byOwner[o] = append(t.byOwner[o], r)
 	return t.serial
 }
 
 // dropHolder removes the i-th entry of r's holders. t.mu is held.
 func (t *Table) dropHolder(r *resource, i int, why events.Reason) {
-	o := r.holders[i].owner
+	o, cell := r.holders[i].owner, r.holders[i].cell
 	t.report(events.Released, why, r, o, 0)
 	r.holders = slices.Delete(r.holders, i, i+1)
+	t.unstore(r, cell)
 	of := t.byOwner[o]
 	j := slices.Index(of, r)
 	of[j] = of[len(of)-1]
@@ -541,7 +576,10 @@ func (t *Table) release(r *resource) {
 	if r.flags&AutoCreate != 0 {
 		lease = r.space.path(r.name)
 	}
-	if err := r.lock.Release(lease); err != nil {
+	err := r.lock.Release(lease, r.cell)
+	t.empty(r.cell)
+	r.cell = nil
+	if err != nil {
 		t.cfg.Logger.Warn("the resource was released, but its lease file could not be removed",
 			"path", lease, "error", err)
 	}
@@ -566,16 +604,42 @@ func (t *Table) Holds(o *owner.Owner) bool {
 // ReleaseOwner gives up all that an owner holds, because its process has ended. A lock on a
 // disk that hangs delays none of the others.
 func (t *Table) ReleaseOwner(o *owner.Owner) {
+	for {
+		busy := t.releaseHeld(o)
+		if busy == nil {
+			return
+		}
+		t.mu.Lock()
+		if busy.phase != held {
+			_ = t.settle(busy, nil) // nobody's patience ends
+		}
+		t.mu.Unlock()
+	}
+}
+
+// releaseHeld gives up what an owner holds, but for resources that are being stored. It returns one of those, if any.
+func (t *Table) releaseHeld(o *owner.Owner) (busy *resource) {
 	t.mu.Lock()
-	var all, last []*resource
+	var all, last, left []*resource
 	for _, r := range t.byOwner[o] {
-		n := len(r.holders)
-		r.holders = slices.DeleteFunc(r.holders, func(h hold) bool { return h.owner == o })
-		if n == len(r.holders) {
+		if r.phase != held {
+			busy = r
+			left = append(left, r)
+			continue
+		}
+		var gone []hold
+		r.holders = slices.DeleteFunc(r.holders, func(h hold) bool {
+			if h.owner == o {
+				gone = append(gone, h)
+			}
+			return h.owner == o
+		})
+		if len(gone) == 0 {
 			continue // for the second time here
 		}
-		for range n - len(r.holders) {
+		for _, h := range gone {
 			t.report(events.Released, events.OwnerEnded, r, o, 0)
+			t.unstore(r, h.cell)
 			o.Release()
 		}
 		all = append(all, r)
@@ -584,12 +648,17 @@ func (t *Table) ReleaseOwner(o *owner.Owner) {
 			last = append(last, r)
 		}
 	}
-	delete(t.byOwner, o)
+	if len(left) > 0 {
+		t.byOwner[o] = left
+	} else {
+		delete(t.byOwner, o)
+	}
 	t.mu.Unlock()
 	for _, r := range all {
 		t.cfg.Logger.Info("lock released: its owner has ended", "path", r.space.path(r.name), "", o.Details())
 	}
 	t.giveUpAll(last)
+	return busy
 }
 
 // giveUpAll gives up local locks one after the other and remote ones side by side.

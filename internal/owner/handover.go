@@ -49,18 +49,30 @@ func (r *Registry) Snapshot() []state.Owner {
 	}
 	all := make([]state.Owner, len(r.placed))
 	for i, o := range r.placed {
-		all[i] = state.Owner{Details: state.Details(*o.Details()), Kind: state.Unverified, PIDFD: state.NoFD}
-		all[i].PID = o.PID
-		if o.proc != nil {
-			all[i].Kind = state.Watched
-			if o.kind == Verified {
-				all[i].Kind = state.Verified
-			}
-			all[i].PIDFD = int32(o.proc.fd)
-			all[i].Ending = o.ending
-		}
+		all[i] = o.state()
 	}
 	return all
+}
+
+// State returns what there is to keep of an owner. Its pidfd stays ours, as long as somebody refers to the owner.
+func (o *Owner) State() state.Owner {
+	o.reg.mu.Lock()
+	defer o.reg.mu.Unlock()
+	return o.state()
+}
+
+func (o *Owner) state() state.Owner {
+	s := state.Owner{Details: state.Details(*o.Details()), Kind: state.Unverified, PIDFD: state.NoFD}
+	s.PID = o.PID
+	if o.proc != nil {
+		s.Kind = state.Watched
+		if o.kind == Verified {
+			s.Kind = state.Verified
+		}
+		s.PIDFD = int32(o.proc.fd)
+		s.Ending = o.ending
+	}
+	return s
 }
 
 // Adopt takes an owner over from a snapshot. What a C daemon knew is a bare number: the process that has it

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/poll"
+	"virtlockd/internal/vault"
 )
 
 // clientEvents is what an idle client is registered for. Edge-triggered, so that
@@ -56,15 +57,18 @@ type Client struct {
 	readOnly atomic.Bool // see ReadOnly
 
 	// What outlasts a turn of the active goroutine, which owns it.
-	token   poll.Token // zero: not registered yet
-	in      []byte     // received and not executed yet
-	out     []byte     // the part of a reply that the peer has not read yet
-	charged int        // what in and out take from the server's budget
-	dropped uint32     // bytes received of the message at the head of in that are beyond MaxMessage
-	fds     uint32     // descriptors received for that message
-	lastFD  bool       // the last byte that was read came with descriptors
-	last    bool       // close when the reply is out
-	caller  Program    // whose reply is in out; nil: the server's own
+	token   poll.Token  // zero: not registered yet
+	in      []byte      // received and not executed yet
+	out     []byte      // the part of a reply that the peer has not read yet
+	charged int         // what in and out take from the server's budget
+	dropped uint32      // bytes received of the message at the head of in that are beyond MaxMessage
+	fds     uint32      // descriptors received for that message
+	lastFD  bool        // the last byte that was read came with descriptors
+	last    bool        // close when the reply is out
+	caller  Program     // whose reply is in out; nil: the server's own
+	request uint64      // how many messages were executed
+	cell    *vault.Cell // what the connection is stored in, see Server.SetVault
+	told    bool        // it is stored as it is now, or it can't be
 
 	mu   sync.Mutex    // also held while fd is closed, for others than the active goroutine
 	over bool          // Done is or would be closed
@@ -236,6 +240,7 @@ func (c *Client) register() error {
 func (c *Client) closeDescriptor() {
 	// An error says that it is not registered, which is what we want.
 	_ = c.server.poller.Remove(c.token, c.fd)
+	c.unkeep()
 	if !c.byPeer {
 		// A copy of the descriptor in a child that was just forked must not keep
 		// the peer waiting.

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/poll"
+	"virtlockd/internal/vault"
 )
 
 const (
@@ -86,6 +87,10 @@ type Config struct {
 	// Changed is called after the number of clients has changed. It must not
 	// block.
 	Changed func()
+
+	// Describe adds to what is stored of a client in a vault what its session has. It must not
+	// block. nil: no client is ever stored.
+	Describe func(c *Client, into *vault.Client)
 }
 
 // Limits are the limits of a server that can be changed at run time.
@@ -101,6 +106,9 @@ type Server struct {
 	programs []programEntry
 
 	kept atomic.Int64 // bytes that count against MaxKept
+
+	vault    atomic.Pointer[vault.Vault] // see SetVault
+	unstored atomic.Uint64
 
 	// mu guards what follows. It is taken after listener.mu, and not held while
 	// anything of a program or a client is called.

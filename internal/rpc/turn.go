@@ -92,6 +92,7 @@ func (c *Client) pump(w *workspace) verdict {
 			return endByUs
 		}
 		space := b.buf[b.end:]
+		c.phase(c.request+1, phaseReading)
 		n, attached, errno := w.recv(c.fd, space)
 		if c.token == (poll.Token{}) {
 			// Only now, since the first request has mostly come with the
@@ -169,6 +170,9 @@ func (c *Client) store(b *window, v verdict) verdict {
 	}
 	if !c.charge() {
 		return endByUs
+	}
+	if n == 0 && len(c.out) == 0 {
+		c.phase(c.request, phaseIdle)
 	}
 	return v
 }
@@ -258,8 +262,13 @@ func (c *Client) serve(w *workspace, b *window) (want int, v verdict) {
 		}
 		b.off += size
 		c.dropped, c.fds = 0, 0
+		c.request++
+		c.phase(c.request, phaseReading)
 		if v := c.execute(w, &h, args); v != proceed {
 			return 0, v
+		}
+		if b.off == b.end {
+			c.phase(c.request, phaseIdle)
 		}
 		if c.state.Load()&stateClose != 0 {
 			return 0, endByUs
@@ -346,6 +355,8 @@ func (c *Client) replyError(w *workspace, caller Program, h *header, e *Error) v
 // take is kept. caller is the program that was called, nil for none.
 func (c *Client) reply(caller Program, h *header, m []byte) verdict {
 	h.put(m)
+	c.keep()
+	c.phase(c.request, phaseReplying)
 	n, errno := send(c.fd, m)
 	c.caller = caller
 	switch {

@@ -13,7 +13,7 @@ import (
 // there are any left, one lease.
 func populated(locks, clients int) *Snapshot {
 	s := &Snapshot{
-		PID: 4711, PIDFile: NoFD, StartTime: 1_795_335_851_123_456_789,
+		PID: 4711, PIDFile: NoFD, Vault: NoFD, StartTime: 1_795_335_851_123_456_789,
 		Admin: &Server{MaxClients: 5000, MaxUnauth: 5000, KeepaliveInterval: 1<<32 - 1, NextClientID: 1,
 			Services: []Service{{MaxRequests: 1, Sockets: []Socket{{FD: 5, Unlink: true}}}}},
 		Lock: &Server{MaxClients: 20000, MaxUnauth: 20000, KeepaliveInterval: 1<<32 - 1, NextClientID: uint64(clients) + 1,

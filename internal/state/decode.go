@@ -27,7 +27,7 @@ const extra = "virtlockd-go"
 func Decode(data []byte, pid int32) (*Snapshot, []Problem, error) {
 	d := &decoder{
 		scanner: scanner{data: data},
-		snap:    &Snapshot{PIDFile: NoFD},
+		snap:    &Snapshot{PIDFile: NoFD, Vault: NoFD},
 		fds:     map[int32]struct{}{},
 		spaces:  map[string]*space{},
 	}
@@ -716,7 +716,7 @@ type clientExtras struct {
 }
 
 var clientExtraKeys = []string{"connNsec", "uptime", "self", "unregistered", "unread", "dropped", "fds", "lastFD", "unsent",
-	"closing", "undo"}
+	"closing", "undo", "cell"}
 
 func (d *decoder) clientExtra(c *Client, x *clientExtras) {
 	_, ok := d.object(clientExtraKeys, func(k int) {
@@ -744,6 +744,8 @@ func (d *decoder) clientExtra(c *Client, x *clientExtras) {
 			c.Closing = d.boolean(false)
 		case "undo":
 			c.Undo = d.undo()
+		case "cell":
+			c.Cell = d.u32(0)
 		}
 	})
 	if !ok {
@@ -778,6 +780,7 @@ func (d *decoder) undo() *Undo {
 type space struct {
 	at        []step // where it is
 	dir       string
+	cell      uint32
 	resources []resource
 	names     map[string]int // places in resources
 }
@@ -790,10 +793,13 @@ type resource struct {
 	pids, places []int32
 }
 
-var lockspaceKeys = []string{"directory", "resources", "directoryBytes"}
+var lockspaceKeys = []string{"directory", "resources", "directoryBytes", extra}
+
+var lockspaceExtraKeys = []string{"cell"}
 
 func (d *decoder) lockspace(isDefault bool) {
 	var dir name
+	var cell uint32
 	var rs []pending
 	seen, ok := d.object(lockspaceKeys, func(k int) {
 		switch lockspaceKeys[k] {
@@ -803,6 +809,10 @@ func (d *decoder) lockspace(isDefault bool) {
 			d.array(func(i int) { rs = d.resource(rs, i) })
 		case "directoryBytes":
 			d.bytes(&dir)
+		case extra:
+			if _, ok := d.object(lockspaceExtraKeys, func(int) { cell = d.u32(0) }); !ok {
+				d.kept(WrongType, "not an object; ignored")
+			}
 		}
 	})
 	if !ok {
@@ -824,7 +834,7 @@ func (d *decoder) lockspace(isDefault bool) {
 	d.missing(lockspaceKeys, seen, 1<<1, "not in the file; taken as empty")
 	s := d.spaces[path]
 	if s == nil {
-		s = &space{at: slices.Clone(d.at), dir: path, resources: make([]resource, 0, len(rs)), names: make(map[string]int, len(rs))}
+		s = &space{at: slices.Clone(d.at), dir: path, cell: cell, resources: make([]resource, 0, len(rs)), names: make(map[string]int, len(rs))}
 		d.spaces[path] = s
 		d.ordered = append(d.ordered, s)
 	} else {
@@ -863,6 +873,7 @@ type pending struct {
 	pids, places []int32
 	since        []int64
 	file         File
+	cells        []uint32
 }
 
 func (d *decoder) resource(rs []pending, index int) []pending {
@@ -907,7 +918,7 @@ func (d *decoder) resource(rs []pending, index int) []pending {
 // take returns the numbers from start on. Thousands of lists with one number each share their memory.
 func (d *decoder) take(start int) []int32 { return slices.Clip(d.numbers[start:]) }
 
-var resourceExtraKeys = []string{"owners", "since", "dev", "ino", "block", "posix", "remote", "exclusive"}
+var resourceExtraKeys = []string{"owners", "since", "dev", "ino", "block", "posix", "remote", "exclusive", "cells"}
 
 func (d *decoder) resourceExtra(r *pending) {
 	_, ok := d.object(resourceExtraKeys, func(k int) {
@@ -935,6 +946,8 @@ func (d *decoder) resourceExtra(r *pending) {
 			r.file.Remote = d.boolean(false)
 		case "exclusive":
 			r.file.Exclusive = d.boolean(false)
+		case "cells":
+			d.array(func(int) { r.cells = append(r.cells, d.u32(0)) })
 		}
 	})
 	if !ok {
@@ -946,7 +959,7 @@ func (d *decoder) resourceExtra(r *pending) {
 func (d *decoder) enroll(s *space, p *pending) {
 	r := resource{
 		Resource: Resource{
-			Name: p.name.String(), Path: p.path.String(), FD: p.fd, Held: p.held, Flags: p.flags, Since: p.since, File: p.file,
+			Name: p.name.String(), Path: p.path.String(), FD: p.fd, Held: p.held, Flags: p.flags, Since: p.since, File: p.file, Cells: p.cells,
 		},
 		index: p.index, pids: p.pids, places: p.places,
 	}
@@ -987,7 +1000,7 @@ func (d *decoder) enroll(s *space, p *pending) {
 }
 
 var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
-	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen"}
+	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen", "recoveries", "vault", "cell"}
 
 const (
 	extraLog      = 6 // the first of the log settings
@@ -1018,6 +1031,12 @@ func (d *decoder) extra() {
 			d.snap.Timeout = &v
 		case "owners":
 			d.array(func(int) { d.owner() })
+		case "recoveries":
+			d.snap.Recoveries = d.u64()
+		case "vault":
+			d.snap.Vault = d.ownFD()
+		case "cell":
+			d.snap.Cell = d.u32(0)
 		case "startDir":
 			d.name(&dir)
 		case "startDirBytes":
@@ -1122,7 +1141,7 @@ func (d *decoder) finish() {
 		if s.dir == "" {
 			d.snap.Default = rs
 		} else {
-			d.snap.Lockspaces = append(d.snap.Lockspaces, Lockspace{Dir: s.dir, Resources: rs})
+			d.snap.Lockspaces = append(d.snap.Lockspaces, Lockspace{Dir: s.dir, Resources: rs, Cell: s.cell})
 		}
 	}
 	d.at = d.at[:0]
@@ -1154,7 +1173,12 @@ func (d *decoder) owners(r *resource, told int, byPID map[int32]int32) {
 		d.kept(NoOwners, "the resource has no owners")
 	case good:
 		r.Owners = r.places
+		if len(r.Cells) != 0 && len(r.Cells) != len(r.Owners) {
+			d.kept(Contradiction, "as many cells as owners are needed; all are stored anew")
+			r.Cells = nil
+		}
 	default:
+		r.Cells = nil
 		if r.places != nil {
 			d.kept(Contradiction, "the table of owners names other processes; the numbers here count")
 		}

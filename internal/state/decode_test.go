@@ -67,7 +67,7 @@ func sampleSnapshot(t testing.TB) *Snapshot {
 	const odd = "q\"uo\\te\tñ\x01"
 	return &Snapshot{
 		PID:     samplePID,
-		PIDFile: NoFD,
+		PIDFile: NoFD, Vault: NoFD,
 		Admin: &Server{MaxClients: 7, MaxUnauth: 7, KeepaliveInterval: off, NextClientID: 2,
 			Services: services(5), Clients: []Client{client(1, 12, false, Details{})}},
 		Lock: &Server{MaxClients: 20, MaxUnauth: 20, KeepaliveInterval: off, NextClientID: 5,
@@ -134,7 +134,7 @@ func TestHistory(t *testing.T) {
 			}}
 		change(s)
 		const dir = "/var/lib/libvirt/lockd/files"
-		return &Snapshot{PID: 4711, PIDFile: NoFD, Lock: s,
+		return &Snapshot{PID: 4711, PIDFile: NoFD, Vault: NoFD, Lock: s,
 			Lockspaces: []Lockspace{{Dir: dir, Resources: []Resource{
 				{Name: "abc", Path: dir + "/abc", FD: 9, Held: true, Flags: 2, Owners: []int32{0}}}}},
 			Owners: []Owner{{Details: old, PIDFD: NoFD}}}

@@ -135,6 +135,13 @@ func (e *encoder) yes(k string, v bool) {
 	}
 }
 
+// some is uint for a key that is left out when 0.
+func (e *encoder) some(k string, v uint64) {
+	if v != 0 {
+		e.uint(k, v)
+	}
+}
+
 func (e *encoder) base64(k string, v []byte) {
 	e.key(k)
 	e.b = append(e.b, '"')
@@ -242,6 +249,11 @@ func (e *encoder) snapshot(s *Snapshot) {
 		e.open('{')
 		e.string("directory", s.Lockspaces[i].Dir)
 		e.resources(s, s.Lockspaces[i].Resources)
+		if e.reader == Ours {
+			end := e.extra()
+			e.some("cell", uint64(s.Lockspaces[i].Cell))
+			end()
+		}
 		e.end('}')
 	}
 	e.end(']')
@@ -263,12 +275,17 @@ func (e *encoder) extras(s *Snapshot) {
 		e.int("startTime", s.StartTime)
 	}
 	e.uint("upgrades", s.Upgrades)
+	e.some("recoveries", s.Recoveries)
 	if s.Frozen != 0 {
 		e.int("frozen", s.Frozen)
 	}
 	if s.PIDFile != NoFD {
 		e.int("pidFile", int64(s.PIDFile))
 	}
+	if s.Vault != NoFD {
+		e.int("vault", int64(s.Vault))
+	}
+	e.some("cell", uint64(s.Cell))
 	if s.StartDir != "" {
 		e.string("startDir", s.StartDir)
 	}
@@ -411,6 +428,7 @@ func (e *encoder) client(c *Client, admin bool) {
 			e.base64("unsent", c.Unsent)
 		}
 		e.yes("closing", c.Closing)
+		e.some("cell", uint64(c.Cell))
 		if c.Undo != nil {
 			e.key("undo")
 			e.open('{')
@@ -477,5 +495,13 @@ func (e *encoder) resourceExtra(r *Resource) {
 	e.yes("posix", r.File.POSIX)
 	e.yes("remote", r.File.Remote)
 	e.yes("exclusive", r.File.Exclusive)
+	if len(r.Cells) > 0 {
+		e.key("cells")
+		e.open('[')
+		for _, c := range r.Cells {
+			e.b = append(strconv.AppendUint(e.b, uint64(c), 10), ',')
+		}
+		e.end(']')
+	}
 	end()
 }

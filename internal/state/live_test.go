@@ -511,7 +511,7 @@ func TestUnregisteredThroughC(t *testing.T) {
 
 // given is a state with so many clients that a test hands over to the C daemon, without descriptors.
 func given(clients int) *Snapshot {
-	s := &Snapshot{PID: 1, PIDFile: NoFD,
+	s := &Snapshot{PID: 1, PIDFile: NoFD, Vault: NoFD,
 		Admin: &Server{MaxClients: 50, MaxUnauth: 50, KeepaliveInterval: 1<<32 - 1, NextClientID: 1},
 		Lock:  &Server{MaxClients: 60, MaxUnauth: 60, KeepaliveInterval: 1<<32 - 1, NextClientID: uint64(clients) + 1},
 	}

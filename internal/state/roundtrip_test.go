@@ -59,14 +59,18 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 		s := &Snapshot{
 			PID:       rapid.Int32Range(1, math.MaxInt32).Draw(t, "pid"),
 			StartTime: rapid.Int64Min(0).Draw(t, "start"),
-			Upgrades:  rapid.Uint64().Draw(t, "upgrades"),
-			PIDFile:   NoFD,
-			Frozen:    rapid.Int64Min(0).Draw(t, "frozen"),
-			StartDir:  text.Draw(t, "directory"),
-			LogLevel:  maybe("level"), LogFilters: maybe("filters"), LogOutputs: maybe("outputs"),
+			Upgrades:  rapid.Uint64().Draw(t, "upgrades"), Recoveries: rapid.Uint64().Draw(t, "recoveries"),
+			Cell:    rapid.Uint32().Draw(t, "cell"),
+			PIDFile: NoFD, Vault: NoFD,
+			Frozen:   rapid.Int64Min(0).Draw(t, "frozen"),
+			StartDir: text.Draw(t, "directory"),
+			LogLevel: maybe("level"), LogFilters: maybe("filters"), LogOutputs: maybe("outputs"),
 		}
 		if rapid.Bool().Draw(t, "pid file") {
 			s.PIDFile = fd()
+		}
+		if rapid.Bool().Draw(t, "vault") {
+			s.Vault = fd()
 		}
 		if rapid.Bool().Draw(t, "timeout set") {
 			v := rapid.Uint32().Draw(t, "timeout")
@@ -108,7 +112,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 					Self:   None,
 					Uptime: rapid.Int64Min(0).Draw(t, "uptime"), Unread: bytes.Draw(t, "unread"), Unsent: bytes.Draw(t, "unsent"),
 					Dropped: rapid.Uint32().Draw(t, "dropped"), FDs: rapid.Uint32().Draw(t, "fds"), LastFD: rapid.Bool().Draw(t, "last fd"),
-					Closing: rapid.Bool().Draw(t, "closing"),
+					Closing: rapid.Bool().Draw(t, "closing"), Cell: rapid.Uint32().Draw(t, "cell"),
 				}
 				c.AuthPending = c.Auth != 0 && rapid.Bool().Draw(t, "pending")
 				if rapid.Bool().Draw(t, "undo") {
@@ -154,13 +158,18 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 				if n := len(r.Owners); n > 0 && rapid.Bool().Draw(t, "timed") {
 					r.Since = append(rapid.SliceOfN(rapid.Int64Min(0), n-1, n-1).Draw(t, "since"), 1)
 				}
+				if rapid.Bool().Draw(t, "stored") {
+					for range r.Owners {
+						r.Cells = append(r.Cells, rapid.Uint32().Draw(t, "cell"))
+					}
+				}
 				rs = append(rs, r)
 			}
 			return rs
 		}
 		s.Default = resources()
 		for i := range rapid.IntRange(0, 3).Draw(t, "lockspaces") {
-			s.Lockspaces = append(s.Lockspaces, Lockspace{Dir: fmt.Sprint("/", i) + text.Draw(t, "dir"), Resources: resources()})
+			s.Lockspaces = append(s.Lockspaces, Lockspace{Dir: fmt.Sprint("/", i) + text.Draw(t, "dir"), Resources: resources(), Cell: rapid.Uint32().Draw(t, "cell")})
 		}
 		return s
 	})
@@ -219,7 +228,7 @@ func TestRoundTripC(t *testing.T) {
 
 // asC returns what is left of a state in a file of the C daemon.
 func asC(s *Snapshot) *Snapshot {
-	c := &Snapshot{PID: s.PID, PIDFile: NoFD}
+	c := &Snapshot{PID: s.PID, PIDFile: NoFD, Vault: NoFD}
 	server := func(s *Server) *Server {
 		if s == nil {
 			return nil

@@ -46,10 +46,15 @@ type Snapshot struct {
 
 	// From here on only our own daemon writes and reads it.
 
-	StartTime int64  // of the first daemon in this process, ns since the epoch; 0: not known
-	Upgrades  uint64 // how many binaries have handed over in this process
-	Frozen    int64  // since when everybody waits for this hand-over, ns of CLOCK_MONOTONIC; 0: not known
-	PIDFile   int32  // descriptor of the locked pid file, or NoFD
+	StartTime  int64  // of the first daemon, ns since the epoch; 0: not known
+	Upgrades   uint64 // how many binaries have handed over
+	Recoveries uint64 // how many processes have taken over from one that had died
+	Frozen     int64  // since when everybody waits for this hand-over, ns of CLOCK_MONOTONIC; 0: not known
+	PIDFile    int32  // descriptor of the locked pid file, or NoFD
+	// Vault is the descriptor of the root of the vault, or NoFD. The cells below are those of package vault, from 1;
+	// 0: not stored.
+	Vault int32
+	Cell  uint32 // with the daemon's own settings
 	// StartDir is where relative names on the command line count from. "": the working directory.
 	StartDir string
 
@@ -116,6 +121,7 @@ type Client struct {
 	Unsent  []byte // of a reply
 	Closing bool   // to be closed when Unsent is out
 	Undo    *Undo  // what to do if Unsent can't be delivered; nil: nothing
+	Cell    uint32 // that the connection is stored in
 }
 
 // Undo names an acquisition by the call whose reply is not out.
@@ -165,6 +171,7 @@ type Owner struct {
 type Lockspace struct {
 	Dir       string // never ""
 	Resources []Resource
+	Cell      uint32 // that the lockspace is stored in; only our own daemon writes and reads it
 }
 
 // Resource is one that is held.
@@ -177,6 +184,7 @@ type Resource struct {
 	Owners []int32 // places in Snapshot.Owners; an owner that acquired twice is there twice
 	Since  []int64 // when each of the owners acquired it, Unix time in ns, 0: not known; nil: none is
 	File   File
+	Cells  []uint32 // that the holds of Owners are stored in; nil: in none. Only our own daemon writes and reads it
 }
 
 // File is what our own daemon knows of a locked file, so that it need not ask a disk that may hang.

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package filelock
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/state"
+	"virtlockd/internal/vault"
+)
+
+// errPOSIX says why a lock cannot be stored.
+var errPOSIX = errors.New("a POSIX record lock ends with the process: its file system or kernel refuses better ones")
+
+// Store puts the locked file into a cell, with the record of a hold that lacks only what the file is, and the owner's
+// pidfd if it is not state.NoFD: the lock then lives as long as the cell. A lock has one cell for each hold.
+func (l *Lock) Store(cell *vault.Cell, record []byte, pidfd int32) error {
+	if l.kind == POSIX {
+		return &Error{OpStore, l.path, errPOSIX}
+	}
+	_, file := l.State()
+	vault.SetFile(record, file)
+	var fds []int
+	if pidfd != state.NoFD {
+		fds = append(fds, int(pidfd))
+	}
+	if l.mount == "" {
+		if err := cell.Put(record, append(fds, int(l.fd))...); err != nil {
+			return &Error{OpStore, l.path, err}
+		}
+		return nil
+	}
+	if err := l.storeRemote(cell, record, fds); err != nil {
+		return &Error{OpStore, l.path, err}
+	}
+	if l.private {
+		unix.Close(int(l.fd)) // not the last reference to the file
+		l.fd, l.private = int32(cell.FD()), false
+	}
+	return nil
+}
+
+func (l *Lock) storeRemote(cell *vault.Cell, record []byte, fds []int) error {
+	if l.id.Block {
+		// To close one of several descriptors of a block device asks nobody; a file system may be asked (flush in
+		// the kernel's struct file_operations).
+		file, err := lyingIn(int(l.fd))
+		if err != nil {
+			return err
+		}
+		defer unix.Close(file)
+		return cell.Put(record, append(fds, file)...)
+	}
+	o := l.files.begin("store", l.path)
+	defer l.files.end(o)
+	r := request{op: workShare, path: string(record), fds: append([]int{int(l.fd), cell.FD()}, fds...), busy: cell.Word()}
+	_, err := l.files.pool.call(o, l.mount, nil, r)
+	cell.Word().Store(0)
+	return err
+}
+
+// Forget takes one of several holds out of its cell. other is the cell of another hold, nil if that was not stored.
+func (l *Lock) Forget(cell, other *vault.Cell) {
+	if l.mount != "" && !l.private && int(l.fd) == cell.FD() {
+		if other == nil {
+			return // the file lies nowhere else
+		}
+		l.fd = int32(other.FD())
+	}
+	cell.Drop()
+}

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package vault
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Cell is a Unix datagram socket that is connected to itself: what lies in its queue, a record and
+// descriptors, stays although no process has it in its table, and nobody else can send to it (unix(7):
+// only its peer can, and that is itself).
+//
+// A Cell has one user at a time. It is not closed by the garbage collector.
+type Cell struct {
+	fd    int32
+	index uint32         // in its vault; 0: it belongs to none
+	word  *atomic.Uint64 // in memory that outlives the process; nil: it belongs to no vault
+}
+
+// FD returns the socket's descriptor, to be passed to a worker process. It stays the cell's.
+func (c *Cell) FD() int { return int(c.fd) }
+
+// Index names the cell within its vault, from 1. 0: it belongs to none.
+func (c *Cell) Index() uint32 {
+	if c == nil {
+		return 0
+	}
+	return c.index
+}
+
+// Word is a number beside the cell that outlives the process like what is in it. What it means is the business
+// of whoever uses the cell: of a hold's, see Releasing and Busy. nil: the cell belongs to no vault.
+func (c *Cell) Word() *atomic.Uint64 { return c.word }
+
+// Releasing is the word of a hold that is being released: whoever finds it after a crash goes on with that.
+const Releasing = 1
+
+// busy marks the word of a hold that a worker process works on.
+const busy = 2
+
+// Busy is the word of a hold's cell that the worker process pid works on. Until that has ended, it may still do so, also
+// after the daemon's end.
+func Busy(pid int) uint64 { return uint64(pid)<<8 | busy }
+
+// Worker returns the worker process that may still work on a hold's cell, by the cell's word; 0: none.
+func Worker(word uint64) int {
+	if word&0xff != busy {
+		return 0
+	}
+	return int(word >> 8)
+}
+
+// NewCell makes an empty one that belongs to no vault. Close it.
+func NewCell() (*Cell, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	// An empty address makes the kernel choose a name of its own.
+	if err = unix.Bind(fd, &unix.SockaddrUnix{}); err == nil {
+		var self unix.Sockaddr
+		if self, err = unix.Getsockname(fd); err == nil {
+			err = unix.Connect(fd, self)
+		}
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("connect a socket to itself", err)
+	}
+	return &Cell{fd: int32(fd)}, nil
+}
+
+// At returns the cell whose socket is fd, which was handed over by somebody who still owns it. It belongs to no vault.
+func At(fd int) *Cell { return &Cell{fd: int32(fd)} }
+
+// Close closes a cell that belongs to no vault, and so what lies in it.
+func (c *Cell) Close() { unix.Close(int(c.fd)) }
+
+// Put adds a message: a record, which is not empty, and up to MaxFDs descriptors, of which the cell gets copies. It does
+// not block.
+func (c *Cell) Put(record []byte, fds ...int) error {
+	if errno := send(int(c.fd), record, fds); errno != 0 {
+		return putError(errno)
+	}
+	return nil
+}
+
+// putError says what to do about an error of Put.
+func putError(errno syscall.Errno) error {
+	err := os.NewSyscallError("sendmsg", errno)
+	switch errno {
+	case unix.ETOOMANYREFS:
+		return fmt.Errorf("too many descriptors of this user are in flight; raise the limit of open files (LimitNOFILE=) or give CAP_SYS_RESOURCE: %w", err)
+	case unix.EAGAIN:
+		return fmt.Errorf("the socket buffer is too small; give CAP_NET_ADMIN or raise net.core.wmem_default: %w", err)
+	}
+	return err
+}
+
+// Drop removes the first message and tells whether there was one. Its descriptors are not installed in this process, so
+// this does not need room for them, and unless they were the last ones of their file nothing blocks.
+func (c *Cell) Drop() bool {
+	var b [1]byte
+	vec := unix.Iovec{Base: &b[0], Len: 1}
+	hdr := unix.Msghdr{Iov: &vec, Iovlen: 1}
+	for {
+		_, _, errno := unix.Syscall(unix.SYS_RECVMSG, uintptr(c.fd), uintptr(unsafe.Pointer(&hdr)), unix.MSG_DONTWAIT)
+		if errno != unix.EINTR {
+			return errno == 0
+		}
+	}
+}
+
+// Empty removes all messages.
+func (c *Cell) Empty() {
+	for c.Drop() {
+	}
+}
+
+// ErrTruncated says that descriptors could not be installed, since the process has as many as it may have. What lies
+// in the cell is still there.
+var ErrTruncated = errors.New("the limit of open files is reached; raise it (LimitNOFILE= in the unit)")
+
+// ErrEmpty says that nothing lies in a cell.
+var ErrEmpty = errors.New("nothing lies in the cell")
+
+// Peek opens the first n descriptors of the first message, close-on-exec, and leaves the message where it is. The caller owns them.
+// It does not block.
+//
+// Errors: ErrEmpty; ErrTruncated.
+func (c *Cell) Peek(n int) ([]int, error) { return c.peekAt(0, n) }
+
+// peekAt is Peek for the message that begins so many bytes behind the first one.
+func (c *Cell) peekAt(at, n int) ([]int, error) {
+	if n == 0 {
+		return nil, nil
+	}
+	if err := c.peekFrom(at); err != nil {
+		return nil, err
+	}
+	var b [1]byte
+	// No room for more than n: the kernel installs what there is room for.
+	oob := make([]byte, unix.CmsgLen(4*n))
+	_, oobn, errno := receive(int(c.fd), b[:], oob, unix.MSG_PEEK)
+	if errno == unix.EAGAIN {
+		return nil, ErrEmpty
+	}
+	if errno != 0 {
+		return nil, os.NewSyscallError("recvmsg", errno)
+	}
+	fds := passed(oob[:oobn])
+	if len(fds) < n {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, ErrTruncated
+	}
+	return fds, nil
+}
+
+// All is Peek for all descriptors of the first message, of which there is at least one.
+func (c *Cell) All() ([]int, error) {
+	if err := c.peekFrom(0); err != nil {
+		return nil, err
+	}
+	var b [1]byte
+	var oob [64]byte // a usual message has at most two
+	_, n, flags, _, err := unix.Recvmsg(int(c.fd), b[:], oob[:], unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	switch err {
+	case nil:
+	case unix.EAGAIN:
+		return nil, ErrEmpty
+	default:
+		return nil, os.NewSyscallError("recvmsg", err)
+	}
+	fds := passed(oob[:n])
+	if flags&unix.MSG_CTRUNC != 0 || len(fds) == 0 {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, ErrTruncated
+	}
+	return fds, nil
+}
+
+// messages returns all of them without their descriptors. They are copied from buf, which has room for MaxRecord bytes.
+func (c *Cell) messages(buf []byte) (all [][]byte, err error) {
+	for at := 0; ; {
+		if err := c.peekFrom(at); err != nil {
+			return nil, err
+		}
+		n, _, errno := receive(int(c.fd), buf, nil, unix.MSG_PEEK)
+		switch {
+		case errno == unix.EAGAIN:
+			return all, nil
+		case errno != 0:
+			return nil, os.NewSyscallError("recvmsg", errno)
+		}
+		all = append(all, append([]byte(nil), buf[:n]...))
+		at += n
+	}
+}
+
+// peekFrom says how many bytes behind the first one MSG_PEEK looks (SO_PEEK_OFF in socket(7)). A socket that was never told
+// looks at the first one.
+func (c *Cell) peekFrom(at int) error {
+	return os.NewSyscallError("setsockopt(SO_PEEK_OFF)", unix.SetsockoptInt(int(c.fd), unix.SOL_SOCKET, unix.SO_PEEK_OFF, at))
+}
+
+// MaxFDs is how many descriptors one message can carry (SCM_MAX_FD in unix(7)).
+const MaxFDs = 253
+
+// send sends one message without blocking.
+func send(fd int, data []byte, fds []int) syscall.Errno {
+	var rights [64]byte // enough for what a usual message carries
+	oob := rights[:0]
+	if len(fds) > 0 {
+		oob = appendRights(oob, fds)
+	}
+	vec := unix.Iovec{Base: &data[0], Len: uint64(len(data))}
+	hdr := unix.Msghdr{Iov: &vec, Iovlen: 1}
+	if len(oob) > 0 {
+		hdr.Control = &oob[0]
+		hdr.SetControllen(len(oob))
+	}
+	for {
+		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&hdr)), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
+}
+
+// appendRights appends the control message that passes descriptors, like unix.UnixRights.
+func appendRights(b []byte, fds []int) []byte {
+	n := len(b)
+	b = append(b, make([]byte, unix.CmsgSpace(4*len(fds)))...)
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[n]))
+	h.Level, h.Type = unix.SOL_SOCKET, unix.SCM_RIGHTS
+	h.SetLen(unix.CmsgLen(4 * len(fds)))
+	for i, fd := range fds {
+		*(*int32)(unsafe.Pointer(&b[n+unix.CmsgLen(4*i)])) = int32(fd)
+	}
+	return b
+}
+
+// receive receives one message without blocking, its descriptors close-on-exec.
+func receive(fd int, data, oob []byte, flags int) (n, oobn int, errno syscall.Errno) {
+	for {
+		n, oobn, _, _, err := unix.Recvmsg(fd, data, oob, flags|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+		if err == nil {
+			return n, oobn, 0
+		}
+		if err != unix.EINTR {
+			return 0, 0, err.(syscall.Errno) // as unix.Recvmsg returns it
+		}
+	}
+}
+
+// passed returns the descriptors in the control data of a message.
+func passed(oob []byte) []int {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(messages) == 0 {
+		return nil
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil {
+		return nil
+	}
+	return fds
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package vault
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// Open opens the vault whose root was kept. The root's descriptor is the vault's from now on, if there is no
+// error. Nothing in it is changed.
+//
+// Errors: ErrTruncated, ErrVersion, ErrBroken, or what the kernel says.
+func Open(root int) (_ *Vault, err error) {
+	v := &Vault{root: At(root)}
+	defer func() {
+		if err != nil {
+			for _, c := range v.cells {
+				if c != nil {
+					c.Close()
+				}
+			}
+			err = fmt.Errorf("open the vault: %w", err)
+		}
+	}()
+	messages, err := v.root.messages(make([]byte, MaxRecord))
+	if err != nil {
+		return nil, err
+	}
+	at := 0
+	for _, m := range messages {
+		if err := v.openBatch(m, at); err != nil {
+			return nil, err
+		}
+		at += len(m)
+	}
+	if v.words == nil {
+		return nil, errors.New("its root has no memory file")
+	}
+	for _, c := range v.cells {
+		if c != nil {
+			c.word = &v.words[c.index]
+		}
+	}
+	return v, nil
+}
+
+// openBatch opens what a message in the root has, which begins so many bytes behind the first one.
+func (v *Vault) openBatch(m []byte, at int) error {
+	kind, n, d, err := open(m)
+	if err != nil {
+		return err
+	}
+	base, count := int(d.Uint32()), int(d.Uint32())
+	if kind != KindRoot || d.Err() != nil || count != n || count > MaxFDs || base+count > maxCells {
+		return ErrBroken
+	}
+	fds, err := v.root.peekAt(at, n)
+	if err != nil {
+		return err
+	}
+	if base == 0 {
+		defer func() {
+			for _, fd := range fds {
+				unix.Close(fd)
+			}
+		}()
+		if n != 1 {
+			return ErrBroken
+		}
+		return v.mapWords(fds[0])
+	}
+	for i, fd := range fds {
+		index := base + i
+		for len(v.cells) < index {
+			v.cells = append(v.cells, nil)
+		}
+		v.cells[index-1] = &Cell{fd: int32(fd), index: uint32(index)}
+	}
+	return nil
+}
+
+// Found is what lies in a cell. One of the pointers is set, or Err.
+type Found struct {
+	Cell      *Cell
+	Hold      *Hold
+	Client    *Client
+	Lockspace *string
+	Daemon    *Daemon
+	// Err says why the record can't be used. The cell is left as it is.
+	Err error
+
+	fds int
+}
+
+// Contents reads the records of all cells, in the order of their indexes; empty ones are free from now on. Descriptors are not opened. A
+// cell in which a record was just being replaced is left with the later one.
+func (v *Vault) Contents() ([]Found, error) {
+	buf := make([]byte, MaxRecord)
+	var all []Found
+	v.free = v.free[:0]
+	for _, c := range slices.Backward(v.cells) {
+		if c == nil {
+			continue
+		}
+		messages, err := c.messages(buf)
+		if err != nil {
+			return nil, fmt.Errorf("read cell %d of the vault: %w", c.index, err)
+		}
+		if len(messages) == 0 {
+			c.word.Store(0)
+			v.free = append(v.free, c)
+			continue
+		}
+		f := decode(messages[len(messages)-1])
+		f.Cell = c
+		if f.Err == nil {
+			for range len(messages) - 1 {
+				c.Drop()
+			}
+		}
+		all = append(all, f)
+	}
+	slices.Reverse(all)
+	return all, nil
+}
+
+// ErrKind is the Err of a record that a later version of this program has written.
+var ErrKind = errors.New("the record is of a kind that this program does not know")
+
+func decode(record []byte) (f Found) {
+	kind, fds, d, err := open(record)
+	f.fds = fds
+	if err != nil {
+		f.Err = err
+		return f
+	}
+	switch kind {
+	case KindHold:
+		var h Hold
+		h, f.Err = decodeHold(&d)
+		f.Hold = &h
+	case KindClient:
+		var c Client
+		c, f.Err = decodeClient(&d)
+		f.Client = &c
+	case KindLockspace:
+		s := d.String(maxString)
+		f.Lockspace, f.Err = &s, d.Err()
+	case KindDaemon:
+		f.Daemon = &Daemon{State: slices.Clone(d.Bytes(MaxRecord))}
+		f.Err = d.Err()
+	default:
+		f.Err = ErrKind
+	}
+	if f.Err != nil {
+		return Found{Err: f.Err, fds: fds}
+	}
+	return f
+}
+
+// Descriptors opens those that came with the record, in the order of its kind; of the hold of a file on a disk that may hang only the
+// pidfd, because even to close such a file can hang.
+func (f *Found) Descriptors() ([]int, error) {
+	n := f.fds
+	if f.Hold != nil && f.Hold.File.Remote {
+		n--
+	}
+	fds, err := f.Cell.Peek(n)
+	if err != nil {
+		return nil, fmt.Errorf("cell %d of the vault: %w", f.Cell.index, err)
+	}
+	return fds, nil
+}
+
+// HasPIDFD tells whether the first descriptor of a hold, or the second one of a client, is a pidfd.
+func (f *Found) HasPIDFD() bool { return f.fds > 1 }

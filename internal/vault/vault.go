@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+// Package vault keeps locks and connections alive beyond the process: descriptors, and the records of what they
+// mean, in the queues of sockets that somebody else holds open.
+//
+// A descriptor in flight in a Unix socket's queue stays open with no process involved, and with it an open file
+// description lock (fcntl(2)). Each hold of a resource, each connection and each lockspace has a [Cell]: a datagram
+// socket connected to itself. To store is one sendmsg(2) of the record together with the descriptors, so the
+// two can't come apart; to release is one recvmsg(2), after which the kernel has no reference to the file left.
+//
+// The cells' own descriptors lie in the queue of the *root*, a cell too, which is written only when the pool of
+// cells grows. The root is all that has to be kept open by somebody else: the service manager's descriptor
+// store, or our keeper. Beside each cell there is a word in a memory file, which lies in the root as well, for
+// what changes with each request.
+//
+//	keeper ----> root: memory file with words
+//	                   cells 1 to 16, cells 17 to 32, ...
+//	                     cell 1:  hold of a disk by guest a + its pidfd + the locked file
+//	                     cell 2:  connection of guest a + the socket + its pidfd
+//	                     ...
+//
+// Recovery only ever peeks (MSG_PEEK): a process that dies in its midst changes nothing.
+package vault
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/xdr"
+)
+
+const (
+	// maxCells is how many cells there can be: the kernel has as many names for sockets that ask it for one
+	// (unix(7), autobind).
+	maxCells = 1 << 20
+	// A batch of new cells is one message in the root.
+	minBatch, maxBatch = 16, MaxFDs
+	// rootBuffer is the root's send buffer, in bytes, as far as it may be set: room for maxCells.
+	rootBuffer = 16 << 20
+)
+
+// Vault is a set of cells that outlives the process if somebody else keeps its root open.
+type Vault struct {
+	root  *Cell
+	words *[maxCells]atomic.Uint64 // by Cell.index; a mapping of the memory file, never unmapped
+
+	grow sync.Mutex // taken before mu by whoever makes cells
+
+	mu    sync.Mutex // never held over a system call that can block
+	cells []*Cell    // cells[i] has the index i+1; nil: it could not be opened again
+	free  []*Cell    // empty ones
+}
+
+// New makes an empty vault.
+func New() (*Vault, error) {
+	root, err := NewCell()
+	if err != nil {
+		return nil, fmt.Errorf("make a vault: %w", err)
+	}
+	// Without privilege the usual size has to do: some ten thousand cells.
+	_ = unix.SetsockoptInt(root.FD(), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, rootBuffer)
+	v := &Vault{root: root}
+	fd, err := unix.MemfdCreate("virtlockd-vault", unix.MFD_CLOEXEC)
+	if err != nil {
+		root.Close()
+		return nil, fmt.Errorf("make a vault: %w", os.NewSyscallError("memfd_create", err))
+	}
+	defer unix.Close(fd)
+	// Sparse: pages that were never written take no memory.
+	if err := unix.Ftruncate(fd, int64(unsafe.Sizeof(*v.words))); err != nil {
+		root.Close()
+		return nil, fmt.Errorf("make a vault: %w", os.NewSyscallError("ftruncate", err))
+	}
+	if err = v.mapWords(fd); err == nil {
+		err = root.Put(rootRecord(0, 1), fd)
+	}
+	if err != nil {
+		root.Close()
+		return nil, fmt.Errorf("make a vault: %w", err)
+	}
+	return v, nil
+}
+
+func (v *Vault) mapWords(fd int) error {
+	p, err := unix.MmapPtr(fd, 0, nil, unsafe.Sizeof(*v.words), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return os.NewSyscallError("mmap", err)
+	}
+	v.words = (*[maxCells]atomic.Uint64)(p)
+	return nil
+}
+
+// rootRecord says which cells a message in the root has: n of them, from the index base on. base 0: the memory
+// file with the words.
+func rootRecord(base, n int) []byte {
+	b := begin(nil, KindRoot, n)
+	b = xdr.AppendUint32(b, uint32(base))
+	return seal(xdr.AppendUint32(b, uint32(n)))
+}
+
+// Root returns the descriptor that somebody else has to keep open. It stays the vault's.
+func (v *Vault) Root() int { return v.root.FD() }
+
+// Cell returns the cell of that index, nil if there is none.
+func (v *Vault) Cell(index uint32) *Cell {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if index == 0 || index > uint32(len(v.cells)) {
+		return nil
+	}
+	return v.cells[index-1]
+}
+
+// Size returns how many cells there are and how many of them are in use.
+func (v *Vault) Size() (cells, used int) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.cells), len(v.cells) - len(v.free)
+}
+
+// Take returns an empty cell whose word is 0. Release it.
+func (v *Vault) Take() (*Cell, error) {
+	if c := v.pop(); c != nil {
+		return c, nil
+	}
+	v.grow.Lock()
+	defer v.grow.Unlock()
+	if c := v.pop(); c != nil { // somebody was faster
+		return c, nil
+	}
+	if err := v.add(); err != nil {
+		return nil, fmt.Errorf("the vault cannot grow: %w", err)
+	}
+	return v.pop(), nil
+}
+
+func (v *Vault) pop() *Cell {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	n := len(v.free)
+	if n == 0 {
+		return nil
+	}
+	c := v.free[n-1]
+	v.free = v.free[:n-1]
+	return c
+}
+
+// errFull says that the kernel has no more names for sockets.
+var errFull = errors.New("it has as many cells as there can be")
+
+// add makes a batch of cells. v.grow is held.
+func (v *Vault) add() (err error) {
+	n := len(v.cells) // only whoever holds grow changes it
+	batch := make([]*Cell, 0, min(max(n, minBatch), maxBatch))
+	defer func() {
+		if err != nil {
+			for _, c := range batch {
+				c.Close()
+			}
+		}
+	}()
+	fds := make([]int, 0, cap(batch))
+	if n+cap(batch) >= maxCells {
+		return errFull
+	}
+	for range cap(batch) {
+		c, err := NewCell()
+		if err != nil {
+			if len(batch) > 0 {
+				break // the last descriptors that there are
+			}
+			return err
+		}
+		c.index = uint32(n + len(batch) + 1)
+		c.word = &v.words[c.index]
+		c.word.Store(0)
+		batch = append(batch, c)
+		fds = append(fds, c.FD())
+	}
+	if err := v.root.Put(rootRecord(n+1, len(batch)), fds...); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.cells = append(v.cells, batch...)
+	v.free = append(v.free, batch...)
+	return nil
+}
+
+// Store puts a record with descriptors into a cell of its own.
+func (v *Vault) Store(record []byte, fds ...int) (*Cell, error) {
+	c, err := v.Take()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.Put(record, fds...); err != nil {
+		v.Release(c)
+		return nil, fmt.Errorf("the vault cannot take more: %w", err)
+	}
+	return c, nil
+}
+
+// Replace puts another record into a cell in place of what lies there; at no instant there is none. After an
+// error the cell is as it was.
+func (v *Vault) Replace(c *Cell, record []byte, fds ...int) error {
+	if err := c.Put(record, fds...); err != nil {
+		return fmt.Errorf("the vault cannot take more: %w", err)
+	}
+	c.Drop()
+	return nil
+}
+
+// Release empties a cell and takes it back.
+func (v *Vault) Release(c *Cell) {
+	c.Empty()
+	c.word.Store(0)
+	v.mu.Lock()
+	v.free = append(v.free, c)
+	v.mu.Unlock()
+}
+
+// StoreClient stores a connection; its descriptor and the peer's pidfd stay the caller's.
+func (v *Vault) StoreClient(c *Client) (*Cell, error) {
+	var b [512]byte
+	return v.Store(c.record(b[:0]), c.fds()...)
+}
+
+// ReplaceClient stores what a connection has told us since.
+func (v *Vault) ReplaceClient(cell *Cell, c *Client) error {
+	var b [512]byte
+	return v.Replace(cell, c.record(b[:0]), c.fds()...)
+}
+
+func (c *Client) fds() []int {
+	if one(c.PIDFD) == 0 {
+		return []int{int(c.State.FD)}
+	}
+	return []int{int(c.State.FD), int(c.PIDFD)}
+}
+
+// StoreLockspace stores that there is a lockspace.
+func (v *Vault) StoreLockspace(dir string) (*Cell, error) { return v.Store(lockspaceRecord(dir)) }
+
+// StoreDaemon stores the daemon's own settings, in place of what lies in the cell if that is not nil.
+func (v *Vault) StoreDaemon(cell *Cell, d *Daemon) (*Cell, error) {
+	if cell == nil {
+		return v.Store(d.record(), d.FDs...)
+	}
+	return cell, v.Replace(cell, d.record(), d.FDs...)
+}
+
+// GiveUp empties and closes all cells and the root. The descriptors in them are closed, but for copies elsewhere. The
+// vault is not usable afterwards, while words may still be written to.
+func (v *Vault) GiveUp() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, c := range v.cells {
+		if c != nil {
+			c.Empty()
+			c.Close()
+		}
+	}
+	v.cells, v.free = nil, nil
+	v.root.Empty()
+	v.root.Close()
+}
