@@ -5,6 +5,7 @@ package systemd
 import (
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,12 +16,21 @@ const notifyTimeout = 2
 // Notifier sends state changes to who started us. The zero value sends nothing.
 type Notifier struct {
 	address string
+	// receiver is the pidfd of who has the address, 0 if that isn't known.
+	receiver int
+}
+
+// For returns a Notifier that sends to the process with this pidfd only. Once it has ended its address may be anybody's; systemd's
+// is in a directory of its own, that of our keeper is abstract. The pidfd stays the caller's and has to stay open.
+func (n Notifier) For(pidfd int) Notifier {
+	n.receiver = pidfd
+	return n
 }
 
 // NewNotifier takes the receiver's address from the environment variable NOTIFY_SOCKET. It stays in
 // the environment: a re-exec of this process needs it again.
 func NewNotifier() Notifier {
-	return Notifier{os.Getenv("NOTIFY_SOCKET")}
+	return Notifier{address: os.Getenv("NOTIFY_SOCKET")}
 }
 
 // Send sends one message, for example "READY=1", with descriptors if there are any. It does nothing
@@ -41,18 +51,50 @@ func (n Notifier) Send(state string, fds ...int) error {
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: notifyTimeout}); err != nil {
 		return fmt.Errorf("notify systemd: %w", os.NewSyscallError("setsockopt", err))
 	}
+	if err := retry(func() error { return unix.Connect(fd, &unix.SockaddrUnix{Name: n.address}) }); err != nil {
+		return fmt.Errorf("notify systemd at %s: %w", n.address, os.NewSyscallError("connect", err))
+	}
+	// It lives, so it is the one that we are connected to: nobody else could have its address.
+	if n.receiver > 0 {
+		if ended, err := ready(n.receiver, unix.POLLIN, 0); err != nil {
+			return fmt.Errorf("notify systemd at %s: %w", n.address, err)
+		} else if ended {
+			return fmt.Errorf("notify systemd at %s: the receiver has ended: %w", n.address, unix.ESRCH)
+		}
+	}
 	var oob []byte
 	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
-	for {
-		err = unix.Sendmsg(fd, []byte(state), oob, &unix.SockaddrUnix{Name: n.address}, unix.MSG_NOSIGNAL)
-		if err != unix.EINTR {
-			break
-		}
-	}
+	err = retry(func() error { return unix.Sendmsg(fd, []byte(state), oob, nil, unix.MSG_NOSIGNAL) })
 	if err != nil {
 		return fmt.Errorf("notify systemd at %s: %w", n.address, os.NewSyscallError("sendmsg", err))
 	}
 	return nil
+}
+
+// retry repeats a call that a signal interrupted.
+func retry(call func() error) error {
+	for {
+		if err := call(); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// ready waits until one of the events has come to fd, or its other end has hung up, for timeout at most.
+func ready(fd int, events int16, timeout time.Duration) (bool, error) {
+	deadline := time.Now().Add(timeout)
+	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	for {
+		left := max(0, time.Until(deadline))
+		n, err := unix.Poll(fds, int((left+time.Millisecond-1)/time.Millisecond))
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return false, os.NewSyscallError("poll", err)
+		}
+		return n > 0, nil
+	}
 }
