@@ -35,6 +35,7 @@ import (
 	"virtlockd/internal/poll"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/systemd"
+	"virtlockd/internal/vault"
 )
 
 // Exit codes, as the C daemon has them. The others it has belong to the live upgrade.
@@ -172,10 +173,14 @@ type daemon struct {
 	notify  systemd.Notifier
 	undo    []func() // of start's steps, in their order
 
-	left      legacy // of another binary in this process
-	strays    bool   // not all of it could be taken over
-	startTime int64  // of the first one, in ns since the epoch
-	upgrades  uint64 // how many have handed over
+	safety    safety
+	found     *recovery // in the vault of a process that has died; nil: this one is not such a one's successor
+	left      legacy    // of another binary in this process
+	strays    bool      // not all of it could be taken over
+	startTime int64     // of the first one, in ns since the epoch
+	upgrades  uint64    // how many have handed over
+	// recoveries is how many processes have taken over from one that had died.
+	recoveries uint64
 	// configured are the log settings as the command line and the configuration have them; the admin protocol
 	// changes others.
 	configured atomic.Pointer[logging.Settings]
@@ -262,6 +267,15 @@ func (d *daemon) start(fault error) (err error) {
 	}
 	undo(d.closeLogs)
 	d.log = d.category("locking.lock_daemon")
+	passed, passedErr := systemd.Descriptors(os.Getpid())
+	root, passed := vaultRoot(passed)
+	if root >= 0 && d.left.snapshot == nil {
+		if d.found, err = d.recoverVault(root); err != nil {
+			return err
+		}
+		d.left = legacy{snapshot: d.found.snapshot, served: true, inherited: opened(d.found.snapshot)}
+	}
+	d.safety.store = storeNotifier(d.notify, d.paths)
 	resume := d.left.snapshot
 	if d.startDir, err = os.Getwd(); err != nil {
 		err = fmt.Errorf("the working directory can't be told: %w", err)
@@ -324,7 +338,7 @@ func (d *daemon) start(fault error) (err error) {
 		}
 	}
 
-	if d.poller, err = poll.New(); err != nil {
+	if d.poller, err = d.adoptPoller(resume); err != nil {
 		return err
 	}
 	undo(d.poller.Close)
@@ -362,6 +376,7 @@ func (d *daemon) start(fault error) (err error) {
 		Programs:   []rpc.Program{d.locks},
 		Logger:     d.category("rpc.netserver"),
 		Changed:    d.idle.changed,
+		Describe:   d.locks.Describe,
 	})
 	version, err := buildinfo.LibvirtNumber()
 	if err != nil {
@@ -386,27 +401,30 @@ func (d *daemon) start(fault error) (err error) {
 		Programs:   append([]rpc.Program{d.adminProgram}, d.inspection()...),
 		Logger:     d.category("rpc.netserver"),
 		Changed:    d.idle.changed,
+		Describe:   func(_ *rpc.Client, into *vault.Client) { into.Admin = true },
 	})
 
 	if resume != nil {
 		d.takeOver(resume, d.left.problems)
-		d.adoptListeners(resume)
+		d.adoptListeners(resume, passed)
 		if d.strays {
-			d.dismissStrays()
+			d.dismissStrays(d.left.inherited)
 		}
-		d.left = legacy{} // it can be large
+		d.storeSettings()
+		d.left, d.found = legacy{}, nil // they can be large
 		undo(d.unlinkSockets)
 		return nil
 	}
-	passed, err := systemd.Descriptors(os.Getpid())
-	if err != nil {
-		return &startError{exitNetwork, err}
+	if passedErr != nil {
+		return &startError{exitNetwork, passedErr}
 	}
-	d.dismissStrays()
+	d.dismissStrays(findInherited())
 	if d.sockets, err = openSockets(d.paths, passed); err != nil {
 		return err
 	}
 	undo(d.unlinkSockets)
+	d.makeSafe()
+	d.storeSettings()
 	if d.sockets.lock == nil {
 		d.log.Warn("socket activation passed no lock socket: guests can't be locked; enable " + lockUnit)
 	}
@@ -612,7 +630,10 @@ func (d *daemon) serve() (code int, ended bool) {
 	}
 	var idle sync.WaitGroup
 	idle.Go(func() { d.idle.run(ctx) })
-	idle.Go(func() { d.strengthen(ctx.Done()) })
+	idle.Go(func() {
+		d.table.Confirm(d.tellFinding)
+		d.strengthen(ctx.Done())
+	})
 	// On a goroutine of its own: a configuration on a disk that hangs must not delay the end.
 	go func() {
 		for {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"strconv"
 	"syscall"
@@ -111,9 +110,7 @@ func startSelf(args []string, stage, pipe int, attr *syscall.SysProcAttr) (pid i
 	defer unix.Close(null)
 	// What whoever started us left open is not ours to keep: a daemon that holds its caller's pipe
 	// keeps the caller waiting for ever.
-	if err := unix.CloseRange(systemd.FirstFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS && err != unix.EINVAL {
-		return 0, os.NewSyscallError("close_range", err)
-	}
+	keepFromChildren()
 	files := []uintptr{uintptr(null), uintptr(null), uintptr(null)}
 	passed := passedOn(os.Getpid())
 	for i := range passed {

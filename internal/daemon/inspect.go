@@ -24,10 +24,10 @@ func (d *daemon) inspection() []rpc.Program {
 		Files:   d.files,
 		Events:  d.events,
 		Checker: verify.New(d.table),
-		Vault:   inspectproto.NoVault{},
+		Safe:    d.safe,
 		Servers: d.servers,
 		Life: func() inspectproto.Life {
-			return inspectproto.Life{Started: time.Unix(0, d.startTime), Serving: serving, Upgrades: d.upgrades}
+			return inspectproto.Life{Started: time.Unix(0, d.startTime), Serving: serving, Upgrades: d.upgrades, Recoveries: d.recoveries}
 		},
 		Dropped: d.logs.Dropped,
 		Logger:  d.category("admin"),

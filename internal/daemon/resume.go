@@ -23,8 +23,11 @@ import (
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/pidfile"
+	"virtlockd/internal/poll"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
+	"virtlockd/internal/systemd"
+	"virtlockd/internal/vault"
 )
 
 // retryWeak is how often it is tried to make a lock exclusive again that is not.
@@ -38,6 +41,8 @@ type legacy struct {
 	err      error // why there is nothing that can be used
 	// served says that this process was a daemon before: it may have locks, and had better not end.
 	served bool
+	// inherited is what there was to take over, set with snapshot.
+	inherited inheritance
 }
 
 // findLegacy reads the state file and removes it: what it says is true now or never. A file of another process was
@@ -49,7 +54,13 @@ func findLegacy(p paths) legacy {
 	}
 	var l legacy
 	if err == nil {
+		var looked sync.WaitGroup
+		looked.Go(func() { l.inherited = findInherited() })
 		l.snapshot, l.problems, err = state.Decode(data, int32(os.Getpid()))
+		looked.Wait()
+	}
+	if err == nil {
+		keepFromChildren()
 	}
 	var magic *state.MagicError
 	if errors.As(err, &magic) && lives(magic.Got) {
@@ -65,14 +76,6 @@ func findLegacy(p paths) legacy {
 func lives(pid string) bool {
 	n, err := strconv.ParseInt(pid, 10, 32)
 	return err == nil && n > 0 && unix.Kill(int(n), 0) != unix.ESRCH
-}
-
-// inherited tells whether a descriptor was open before this program started. All that is opened here
-// is close-on-exec; the first three are not for us to hand over.
-func inherited(fd int) bool {
-	// Neither this nor any other RawSyscall of a hand-over blocks; there are tens of thousands.
-	flags, _, errno := unix.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_GETFD, 0)
-	return fd > 2 && errno == 0 && flags&unix.FD_CLOEXEC == 0
 }
 
 // notInherited says that a descriptor of a snapshot is not open, or is something that we have opened ourselves.
@@ -93,16 +96,10 @@ func (p paths) ofSocket(fd int) string {
 // dismissStrays looks for descriptors that were inherited and that nobody has taken over. A socket of ours is closed, so that
 // whoever is at its other end learns of it. Anything else stays open: it may hold a lock, and then its file is
 // safe at least until the daemon ends.
-func (d *daemon) dismissStrays() {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		d.log.Warn("cannot tell which descriptors were inherited", "error", err)
-		return
-	}
+func (d *daemon) dismissStrays(inherited inheritance) {
 	var left []string
-	for _, e := range entries {
-		fd, err := strconv.Atoi(e.Name())
-		if err != nil || !inherited(fd) {
+	for fd := range inherited {
+		if !inherited.has(fd) {
 			continue
 		}
 		if path := d.paths.ofSocket(fd); path != "" {
@@ -111,7 +108,8 @@ func (d *daemon) dismissStrays() {
 			unix.Close(fd)
 			continue
 		}
-		link, _ := os.Readlink("/proc/self/fd/" + e.Name())
+		_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0) // the next binary is to have it too
+		link, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
 		left = append(left, fmt.Sprintf("%d: %s", fd, link))
 	}
 	if len(left) > 0 && (d.left.err != nil || d.strays) {
@@ -126,20 +124,22 @@ func (d *daemon) dismissStrays() {
 //	sockets last: nobody new is accepted by a daemon that does not have everything
 func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	start := time.Now()
-	d.strays = len(problems) > 0
+	d.strays = d.strays || len(problems) > 0
 	for _, p := range problems {
 		d.log.Error("live upgrade: the state file has a fault", "fault", p.String(), "descriptors", p.FDs)
 	}
 	if s.StartTime != 0 {
 		d.startTime = s.StartTime
 	}
-	d.upgrades = s.Upgrades
+	d.upgrades, d.recoveries = s.Upgrades, s.Recoveries
 	d.reapStrays()
+	strays := d.adoptVault(s)
 	owners := d.adoptOwners(s)
+	heirs := d.inheritLocks(s)
 	// Independent of each other, and everybody waits for the slower one.
 	var locks, clients int
 	var both sync.WaitGroup
-	both.Go(func() { locks = d.adoptLocks(s, owners) })
+	both.Go(func() { locks = d.adoptLocks(heirs, owners) })
 	both.Go(func() { clients = d.adoptClients(s, owners) })
 	both.Wait()
 	for i, o := range owners {
@@ -149,6 +149,14 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		}
 		o.Release()
 	}
+	if d.safety.vault == nil || d.found != nil {
+		d.makeSafe()
+	}
+	d.storeEverything()
+	if d.found != nil {
+		d.settleRecovery(d.found)
+	}
+	d.settleStrays(strays)
 	// Now that every lock is there, requests may come that were read by the binary before us.
 	d.lock.Thaw()
 	d.admin.Thaw()
@@ -156,6 +164,11 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	args := []any{"version", buildinfo.Version, "locks", locks, "clients", clients, "took", time.Since(start).Round(time.Microsecond)}
 	if s.Frozen != 0 {
 		args = append(args, "pause", time.Duration(monotonic()-s.Frozen).Round(time.Microsecond))
+	}
+	if d.found != nil {
+		d.log.Warn("recovery: this process has taken over from one that had ended", args...)
+		d.reportRecovery(locks, clients)
+		return
 	}
 	d.log.Info("live upgrade: this binary has taken over", args...)
 	d.reportUpgrade(locks, clients)
@@ -189,12 +202,16 @@ func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
 	owners := make([]*owner.Owner, len(s.Owners))
 	for i := range s.Owners {
 		from := s.Owners[i]
-		if from.PIDFD != state.NoFD && !inherited(int(from.PIDFD)) {
+		if from.PIDFD != state.NoFD && !d.left.inherited.has(int(from.PIDFD)) {
 			d.log.Error("live upgrade: whoever has the process id of an owner now is watched in its place, and never killed", "pid", from.PID, "error", notInherited(from.PIDFD))
 			from.PIDFD, from.Kind = state.NoFD, min(from.Kind, state.Watched)
 			d.strays = true
 		}
+		pidfd := from.PIDFD
 		o, err := d.owners.Adopt(&from)
+		if err == nil && pidfd != state.NoFD {
+			d.left.inherited.taken(int(pidfd))
+		}
 		if err != nil {
 			d.log.Error("live upgrade: the end of an owner can't be noticed, its locks are kept until they are released", "error", err)
 			from.Kind, from.PIDFD = state.Unverified, state.NoFD
@@ -234,14 +251,16 @@ func endedMeanwhile(s *state.Snapshot, from *state.Owner, o *owner.Owner) bool {
 // ownSockets tells whether a socket at one of our paths was inherited, and systemd has not passed it: then this process was a
 // daemon before, and may have locks.
 func ownSockets(p paths) bool {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil || os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
+	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		return false
 	}
-	return slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
-		fd, err := strconv.Atoi(e.Name())
-		return err == nil && inherited(fd) && p.ofSocket(fd) != ""
-	})
+	inherited := findInherited()
+	for fd := range inherited {
+		if inherited.has(fd) && p.ofSocket(fd) != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // heir is a lock that is being taken over.
@@ -254,10 +273,11 @@ type heir struct {
 	err   error
 }
 
-func (d *daemon) adoptLocks(s *state.Snapshot, owners []*owner.Owner) (n int) {
+// inheritLocks takes over the locks whose descriptors are what the snapshot says.
+func (d *daemon) inheritLocks(s *state.Snapshot) []heir {
 	heirs := make([]heir, 0, countLocks(s))
-	add := func(dir string, rs []state.Resource) {
-		if err := d.table.Restore(dir, len(rs)); err != nil {
+	add := func(dir string, rs []state.Resource, cell uint32) {
+		if err := d.table.Restore(dir, len(rs), cell); err != nil {
 			d.log.Error("live upgrade: a lockspace is not kept", "error", err)
 			return
 		}
@@ -265,9 +285,9 @@ func (d *daemon) adoptLocks(s *state.Snapshot, owners []*owner.Owner) (n int) {
 			heirs = append(heirs, heir{dir: dir, res: &rs[i]})
 		}
 	}
-	add("", s.Default)
+	add("", s.Default, 0)
 	for i := range s.Lockspaces {
-		add(s.Lockspaces[i].Dir, s.Lockspaces[i].Resources)
+		add(s.Lockspaces[i].Dir, s.Lockspaces[i].Resources, s.Lockspaces[i].Cell)
 	}
 
 	// The kernel is asked about each of ours. What the C daemon has left is more than a question, and one after the other.
@@ -285,10 +305,25 @@ func (d *daemon) adoptLocks(s *state.Snapshot, owners []*owner.Owner) (n int) {
 	}
 	parts.Wait()
 	for i := range heirs {
+		if h := &heirs[i]; h.lock != nil {
+			if err := take.Rejoin(h.lock); err != nil {
+				h.lock, h.err = nil, err
+			}
+		}
+	}
+	for i := range heirs {
 		if !heirs[i].done {
 			d.inherit(take, &heirs[i])
 		}
+		if heirs[i].lock != nil {
+			d.left.inherited.taken(int(heirs[i].res.FD))
+		}
 	}
+	return heirs
+}
+
+// adoptLocks enters all locks into the table. Those that could not be inherited are taken anew.
+func (d *daemon) adoptLocks(heirs []heir, owners []*owner.Owner) (n int) {
 	// Not before all others are converted: to open a file and close it again drops a POSIX lock that
 	// this process has on it under another name.
 	for i := range heirs {
@@ -333,17 +368,23 @@ func (d *daemon) adoptLock(h *heir, owners []*owner.Owner) bool {
 		tell(slog.LevelError, "two guests own one file under different names: the binary before this one let them; stop one of them",
 			"other", rival.Details().Name, "other_uuid", rival.Details().UUIDString(), "other_pid", rival.PID)
 	}
-	switch h.found {
-	case filelock.Regained:
-		if h.err == nil {
-			tell(slog.LevelError, "live upgrade: a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known")
-		}
-	case filelock.Lost:
-		tell(slog.LevelError, "live upgrade: a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two")
-	case filelock.Weakened:
-		tell(slog.LevelWarn, "live upgrade: somebody else took a shared lock while this one was converted; it is tried until it is exclusive again")
+	if h.err == nil {
+		d.tellFinding(h.res.Path, holders[0], h.found)
 	}
 	return true
+}
+
+// tellFinding says what became of a lock that was taken over, if it was not as it should be.
+func (d *daemon) tellFinding(path string, holder *owner.Owner, found filelock.Finding) {
+	args := []any{"path", path, "", holder.Details()}
+	switch found {
+	case filelock.Regained:
+		d.log.Error("live upgrade: a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known", args...)
+	case filelock.Lost:
+		d.log.Error("live upgrade: a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two", args...)
+	case filelock.Weakened:
+		d.log.Warn("live upgrade: somebody else took a shared lock while this one was converted; it is tried until it is exclusive again", args...)
+	}
 }
 
 // inherit takes the lock over by its descriptor, or says in err why that is not what the state says.
@@ -354,12 +395,12 @@ func (d *daemon) inherit(take *filelock.Takeover, h *heir) {
 	switch {
 	case res.FD == state.NoFD:
 		h.err = errors.New("there is none")
-	case !inherited(int(res.FD)):
+	case !d.left.inherited.has(int(res.FD)):
 		h.err = notInherited(res.FD)
 	case res.File == (state.File{}): // the C daemon knows nothing of its files
 		h.lock, h.found, h.err = take.C(res.Path, int(res.FD), mode)
 	default:
-		h.lock, h.found, h.err = take.Ours(res.Path, int(res.FD), mode, res.File)
+		h.lock, h.err = take.Ours(res.Path, int(res.FD), mode, res.File)
 	}
 	if h.err != nil {
 		h.lock = nil
@@ -395,7 +436,7 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 		d.adminProgram.SetPriorityWorkers(from.server, from.PriorityWorkers)
 		for i := range from.Clients {
 			c := &from.Clients[i]
-			if !inherited(int(c.FD)) {
+			if !d.left.inherited.has(int(c.FD)) {
 				d.log.Error("live upgrade: a client is not kept", "client", c.ID, "server", from.server.Name(), "error", notInherited(c.FD))
 				d.strays = true
 				continue
@@ -410,6 +451,7 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 				return nil
 			})
 			if err == nil {
+				d.left.inherited.taken(int(c.FD))
 				n++
 				continue
 			}
@@ -417,6 +459,7 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 			d.strays = true
 			// Only a connected socket can be shut down: nothing else is ever closed by mistake.
 			if unix.Shutdown(int(c.FD), unix.SHUT_RDWR) == nil {
+				d.left.inherited.taken(int(c.FD))
 				unix.Close(int(c.FD))
 			}
 		}
@@ -436,7 +479,15 @@ func (d *daemon) adoptSettings(s *state.Snapshot) {
 
 // adoptListeners goes on listening on the sockets of the snapshot, and makes those that it does not have. A daemon
 // without socket still keeps its locks.
-func (d *daemon) adoptListeners(s *state.Snapshot) {
+func (d *daemon) adoptListeners(s *state.Snapshot, passed []systemd.Descriptor) {
+	if len(passed) > 0 {
+		// Of a service that was started again, whose sockets may be new ones.
+		var err error
+		if d.sockets, err = adoptSockets(d.paths, passed); err == nil {
+			return
+		}
+		d.log.Error("recovery: the sockets of socket activation can't be served", "error", err)
+	}
 	for _, l := range []struct {
 		from *state.Server
 		path string
@@ -459,7 +510,7 @@ func (d *daemon) inheritSocket(s *state.Server) (out *socket) {
 	}
 	for _, service := range s.Services {
 		for _, from := range service.Sockets {
-			one, err := inheritOne(from)
+			one, err := inheritOne(from, d.left.inherited)
 			d.strays = d.strays || err != nil
 			if err == nil && out != nil {
 				err = fmt.Errorf("path %q: there is one already, and no more are served; set one ListenStream= in each socket unit", one.path)
@@ -474,9 +525,9 @@ func (d *daemon) inheritSocket(s *state.Server) (out *socket) {
 	return out
 }
 
-func inheritOne(from state.Socket) (*socket, error) {
+func inheritOne(from state.Socket, inherited inheritance) (*socket, error) {
 	fd := int(from.FD)
-	if !inherited(fd) {
+	if !inherited.has(fd) {
 		return nil, notInherited(from.FD)
 	}
 	name, err := unix.Getsockname(fd)
@@ -495,7 +546,7 @@ func inheritOne(from state.Socket) (*socket, error) {
 	if !ok || listens == 0 || kind != unix.SOCK_STREAM {
 		return nil, errors.New("it is not a listening UNIX stream socket")
 	}
-	unix.CloseOnExec(fd)
+	inherited.taken(fd)
 	out := &socket{fd: fd, path: at.Name}
 	var st unix.Stat_t
 	if from.Unlink && out.path != "" && unix.Lstat(out.path, &st) == nil {
@@ -512,8 +563,9 @@ func (d *daemon) adoptPIDFile(s *state.Snapshot) {
 		return
 	}
 	var err error
-	if s.PIDFile != state.NoFD && inherited(int(s.PIDFile)) {
+	if s.PIDFile != state.NoFD && d.left.inherited.has(int(s.PIDFile)) {
 		if d.pidFile, err = pidfile.Adopt(path, int(s.PIDFile)); err == nil {
+			d.left.inherited.taken(int(s.PIDFile))
 			return
 		}
 		d.log.Error("live upgrade: the pid file is locked anew", "error", err)
@@ -521,6 +573,104 @@ func (d *daemon) adoptPIDFile(s *state.Snapshot) {
 	if d.pidFile, err = pidfile.Acquire(path); err != nil {
 		d.log.Error("live upgrade: the pid file is not ours; locks are kept", "error", err)
 	}
+}
+
+// adoptVault opens the vault of the binary or process before this one, so that locks and clients find their cells. It
+// returns what lies in cells that nobody is left to use.
+func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
+	var v *vault.Vault
+	switch {
+	case d.found != nil:
+		v = d.found.vault
+	case s.Vault == state.NoFD:
+		return nil
+	case !d.left.inherited.has(int(s.Vault)):
+		d.log.Error("live upgrade: the vault is made anew", "error", notInherited(s.Vault))
+		return nil
+	default:
+		var err error
+		if v, err = vault.Open(int(s.Vault)); err == nil {
+			strays, err = v.Claim(cellsOf(s))
+		}
+		if err != nil {
+			d.log.Error("live upgrade: the vault is made anew", "error", err)
+			return nil
+		}
+		d.left.inherited.taken(int(s.Vault))
+	}
+	d.safety.vault, d.safety.cell = v, v.Cell(s.Cell)
+	d.table.SetVault(v)
+	for _, server := range d.servers() {
+		server.SetVault(v)
+	}
+	return strays
+}
+
+// cellsOf lists those that a snapshot names.
+func cellsOf(s *state.Snapshot) []uint32 {
+	used := []uint32{s.Cell}
+	for i := range s.Lockspaces {
+		used = append(used, s.Lockspaces[i].Cell)
+	}
+	for r := range resources(s) {
+		used = append(used, r.Cells...)
+	}
+	for _, server := range []*state.Server{s.Lock, s.Admin} {
+		if server == nil {
+			continue
+		}
+		for i := range server.Clients {
+			used = append(used, server.Clients[i].Cell)
+		}
+	}
+	return used
+}
+
+// settleStrays empties the cells of clients that were left behind with a request that hangs, so that their peers see the end
+// of the connection. What a worker process still works on is left to it.
+func (d *daemon) settleStrays(strays []vault.Found) {
+	v := d.safety.vault
+	for i := range strays {
+		f := &strays[i]
+		worker := vault.Worker(f.Cell.Word().Load())
+		switch {
+		case f.Client != nil:
+			if fds, err := f.Descriptors(); err == nil {
+				_ = unix.Shutdown(fds[0], unix.SHUT_RDWR)
+				for _, fd := range fds {
+					unix.Close(fd)
+				}
+			}
+			v.Release(f.Cell)
+		case f.Err != nil:
+			d.log.Error("live upgrade: something in the vault is not understood; it stays there", "cell", f.Cell.Index(), "error", f.Err)
+		case worker != 0:
+			go func() {
+				awaitWorker(worker)
+				v.Release(f.Cell)
+			}()
+		default:
+			d.log.Error("live upgrade: something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
+		}
+	}
+}
+
+// adoptPoller goes on with the epoll set of the binary before this one.
+func (d *daemon) adoptPoller(s *state.Snapshot) (*poll.Poller, error) {
+	if s == nil || s.Epoll == nil {
+		return poll.New()
+	}
+	fd, err := int(s.Epoll.FD), notInherited(s.Epoll.FD)
+	if d.left.inherited.has(fd) {
+		var p *poll.Poller
+		if p, err = poll.Inherit(fd, s.Epoll.Generation); err == nil {
+			d.left.inherited.taken(fd)
+			return p, nil
+		}
+	}
+	d.log.Error("live upgrade: the epoll set is made anew", "error", err)
+	d.strays = true
+	return poll.New()
 }
 
 // strengthen tries to make those locks exclusive again that a take-over could not keep so, until none is left or

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -351,19 +352,20 @@ var errBusy = errors.New("and the upgrade would wait too; try again when that ha
 
 // snapshot puts together what every part says of itself. Everything is frozen.
 func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
-	s := &state.Snapshot{
-		PID: int32(os.Getpid()), PIDFile: state.NoFD, Vault: state.NoFD,
-		StartTime: d.startTime, Upgrades: d.upgrades + 1,
-	}
-	if d.options.detach {
-		s.StartDir = d.startDir
+	s := d.settings()
+	s.PID = int32(os.Getpid())
+	s.Upgrades++
+	if v := d.safety.vault; v != nil {
+		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()
 	}
 	s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place)
 	s.Lock = d.lock.Snapshot(d.unlinksSocket)
 	s.Admin = d.admin.Snapshot(d.unlinksSocket)
 	s.Lock.PriorityWorkers = d.adminProgram.PriorityWorkers(d.lock)
 	s.Admin.PriorityWorkers = d.adminProgram.PriorityWorkers(d.admin)
-	for _, c := range d.lock.Clients() {
+	clients := d.lock.Clients()
+	s.Lock.Clients = make([]state.Client, 0, len(clients))
+	for _, c := range clients {
 		if !hung[c] {
 			saved := c.Save()
 			d.locks.Save(c, d.owners.Place, &saved)
@@ -376,19 +378,33 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 		}
 	}
 	s.Owners = d.owners.Snapshot()
+	epfd, gen := d.poller.State()
+	s.Epoll = &state.Epoll{FD: int32(epfd), Generation: gen}
 	if d.pidFile != nil {
 		s.PIDFile = int32(d.pidFile.FD())
 	}
-	if timeout := d.idle.timeoutSeconds(); timeout != uint32(d.options.timeout/time.Second) {
-		s.Timeout = &timeout
-	}
-	d.saveLogSettings(s)
 	for r := range resources(s) {
 		if r.File.POSIX {
 			return nil, fmt.Errorf("%s has only a POSIX record lock, because its file system or kernel refuses better ones, and that is not handed over; try again when it is released", r.Path)
 		}
 	}
 	return s, nil
+}
+
+// settings returns a snapshot with what the daemon knows of itself: no descriptors, locks or clients.
+func (d *daemon) settings() *state.Snapshot {
+	s := &state.Snapshot{
+		PIDFile: state.NoFD, Vault: state.NoFD,
+		StartTime: d.startTime, Upgrades: d.upgrades, Recoveries: d.recoveries,
+	}
+	if d.options.detach {
+		s.StartDir = d.startDir
+	}
+	if timeout := d.idle.timeoutSeconds(); timeout != uint32(d.options.timeout/time.Second) {
+		s.Timeout = &timeout
+	}
+	d.saveLogSettings(s)
+	return s
 }
 
 // resources yields those of all lockspaces.
@@ -435,6 +451,18 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 			return err
 		}
 	}
+	// A child that is forked from here on would keep locks alive.
+	syscall.ForkLock.Lock()
+	defer syscall.ForkLock.Unlock()
+	fds := descriptors(s, next.reader)
+	var passing sync.WaitGroup
+	var notPassed error
+	passing.Go(func() { notPassed = inheritable(fds, true) }) // beside the writing: everybody waits
+	defer func() {
+		passing.Wait()
+		err = errors.Join(err, inheritable(fds, false))
+	}()
+
 	data, err := state.Encode(s, next.reader)
 	if err != nil {
 		return err
@@ -452,15 +480,16 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 	if err := d.flushLogs(lastFlush); err != nil {
 		return err
 	}
-
-	// A child that is forked from here on would keep locks alive.
-	syscall.ForkLock.Lock()
-	defer syscall.ForkLock.Unlock()
-	fds := descriptors(s, next.reader)
-	if err := inheritable(fds, true); err != nil {
-		return errors.Join(err, inheritable(fds, false))
+	if next.reader == state.C && d.safety.vault != nil {
+		defer d.returnToVault() // not reached after exec
+		if err := d.leaveVault(); err != nil {
+			return err
+		}
 	}
-	return errors.Join(d.execute(next), inheritable(fds, false))
+	if passing.Wait(); notPassed != nil {
+		return notPassed
+	}
+	return d.execute(next)
 }
 
 func countLocks(s *state.Snapshot) int {
@@ -537,6 +566,10 @@ func descriptors(s *state.Snapshot, reader state.Reader) (fds []int32) {
 		add(r.FD)
 	}
 	if reader == state.Ours {
+		if s.Epoll != nil {
+			add(s.Epoll.FD)
+		}
+		add(s.Vault)
 		for i := range s.Owners {
 			add(s.Owners[i].PIDFD)
 		}

@@ -5,4 +5,4 @@
 package filelock
 
 // gap is for a test of a test: see gap_on.go.
-func (*scratch) gap(int, Mode) {}
+func (*Lock) gap() {}

@@ -12,8 +12,9 @@ import (
 
 // gap makes a lock that is taken over free for an instant. A binary that does so must be caught by the test that looks at
 // locks from outside during live upgrades.
-func (s *scratch) gap(fd int, m Mode) {
-	s.setLock(fd, unix.F_OFD_SETLK, unix.F_UNLCK)
+func (l *Lock) gap() {
+	var fl unix.Flock_t
+	setLock(&fl, int(l.fd), unix.F_OFD_SETLK, unix.F_UNLCK)
 	time.Sleep(100 * time.Microsecond)
-	s.setLock(fd, unix.F_OFD_SETLK, lockType(m))
+	setLock(&fl, int(l.fd), unix.F_OFD_SETLK, lockType(l.mode))
 }

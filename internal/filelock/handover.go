@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -87,8 +86,6 @@ type Takeover struct {
 // takeover is what several have in common.
 type takeover struct {
 	files *Files
-
-	mu    sync.Mutex
 	known map[inode]*Lock   // the first one taken over of each file
 	more  map[inode][]*Lock // the others
 }
@@ -101,26 +98,26 @@ func (f *Files) Takeover(n int) *Takeover {
 	return &Takeover{takeover: &takeover{files: f, known: make(map[inode]*Lock, n), more: map[inode][]*Lock{}}}
 }
 
-// Another returns one for another goroutine to take part. C is for one goroutine at a time.
+// Another returns one for another goroutine to take part, with Ours alone.
 func (t *Takeover) Another() *Takeover { return &Takeover{takeover: t.takeover} }
 
 // Ours takes over a lock that our own daemon had. fd is the Takeover's from now on, if there is no
 // error. The error says that fd is not what the state says; it is left open then, since
-// closing it could drop a lock.
-func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock, Finding, error) {
+// closing it could drop a lock. Rejoin is to follow. Whether the kernel has the lock is for Confirm to ask.
+func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock, error) {
 	id := FileID{Dev: file.Dev, Ino: file.Ino, Block: file.Block}
 	if file.Exclusive {
 		mode = Exclusive // never to be weakened, whatever this name of the file needs
 	}
 	l := &Lock{files: t.files, id: id, path: path, fd: int32(fd), mode: mode}
-	fail := func(err error) (*Lock, Finding, error) {
-		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, err)
+	fail := func(err error) (*Lock, error) {
+		return nil, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, err)
 	}
 	if file.Remote {
 		if err := isCell(fd); err != nil {
 			return fail(err)
 		}
-		closeOnExec(fd)
+		l.private = true // unless the holds say otherwise, see LiesIn
 		points, err := t.files.mounts.get()
 		if err != nil {
 			return fail(err)
@@ -128,7 +125,7 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 		if l.mount, _ = points.find(path); id.Block {
 			l.mount = deviceName(id.Dev)
 		}
-		return l, Kept, t.rejoin(l)
+		return l, nil
 	}
 	info, errno := t.fstat(fd)
 	switch {
@@ -137,24 +134,30 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 	case info.id != id:
 		return fail(fmt.Errorf("it is file %d:%d, not %d:%d", info.id.Dev, info.id.Ino, id.Dev, id.Ino))
 	}
-	closeOnExec(fd)
-	// Ours already, so it is granted; if it is not, it was lost.
-	if errno := t.setLock(fd, unix.F_OFD_SETLK, lockType(mode)); errno != 0 {
-		l.mode = Shared // for Strengthen
-		if t.setLock(fd, unix.F_OFD_SETLK, unix.F_RDLCK) == 0 {
-			return l, Weakened, t.rejoin(l)
-		}
-		return l, Lost, nil
-	}
-	t.gap(fd, mode)
-	return l, Kept, t.rejoin(l)
+	return l, nil
 }
 
-// rejoin finds out whether l shares its open file description with a Lock that was taken over before, as
+// Confirm asks the kernel for a lock that Ours has taken over. It is ours, so it is granted; if it is not, it was lost
+// before. Nothing on the way of a hand-over can lose it, so this can wait until everybody is served again.
+func (l *Lock) Confirm() Finding {
+	if l.mount != "" {
+		return Kept // in a cell, where to ask could hang
+	}
+	l.gap()
+	var fl unix.Flock_t
+	if setLock(&fl, int(l.fd), unix.F_OFD_SETLK, lockType(l.mode)) == 0 {
+		return Kept
+	}
+	l.mode = Shared // for Strengthen
+	if setLock(&fl, int(l.fd), unix.F_OFD_SETLK, unix.F_RDLCK) == 0 {
+		return Weakened
+	}
+	return Lost
+}
+
+// Rejoin finds out whether a lock from Ours shares its open file description with another one that was taken over before, as
 // share made it in an earlier life of this process.
-func (t *Takeover) rejoin(l *Lock) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+func (t *Takeover) Rejoin(l *Lock) error {
 	key := inode{l.id.Dev, l.id.Ino}
 	first := t.known[key]
 	if first == nil {
@@ -173,10 +176,6 @@ func (t *Takeover) rejoin(l *Lock) error {
 	}
 	t.more[key] = append(t.more[key], l)
 	return nil
-}
-
-func closeOnExec(fd int) {
-	_, _, _ = unix.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC) // of an open file it does not fail
 }
 
 func (l *Lock) join(other *Lock) {
@@ -232,7 +231,6 @@ func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
 	if errno := s.isLock(fd, path, info.id); errno != nil {
 		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, errno)
 	}
-	closeOnExec(fd)
 	l := &Lock{files: t.files, id: info.id, path: path, fd: int32(fd), mode: mode}
 	key := inode{uint64(s.st.Dev), s.st.Ino} // other widths on other architectures
 	if first := t.known[key]; first != nil {
@@ -296,14 +294,14 @@ func (t *Takeover) share(s *scratch, l, first *Lock, key inode) (*Lock, Finding,
 			l.mode, found = Shared, Weakened
 		}
 	}
-	// Its own lock went with the first one's conversion.
-	unix.Close(int(l.fd))
+	own := int(l.fd)
 	l.fd = int32(copied)
 	l.join(first)
 	t.more[key] = append(t.more[key], l)
 	if err := t.store(l, copied, fileInfo{id: l.id, mode: s.st.Mode}); err != nil {
 		return nil, Lost, err
 	}
+	unix.Close(own) // its own lock went with the first one's conversion
 	return l, found, nil
 }
 

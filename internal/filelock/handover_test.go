@@ -144,11 +144,19 @@ func TestTakeoverOfTwoOwners(t *testing.T) {
 			take = files.Takeover(0)
 			fdA, stateA := la.State()
 			fdB, stateB := lb.State()
-			if la, _, err = take.Ours(disk, fdA, la.mode, stateA); err != nil {
+			if la, err = take.Ours(disk, fdA, la.mode, stateA); err != nil {
 				t.Fatal(err)
 			}
-			if lb, _, err = take.Ours(hard, fdB, lb.mode, stateB); err != nil {
+			if lb, err = take.Ours(hard, fdB, lb.mode, stateB); err != nil {
 				t.Fatal(err)
+			}
+			for _, l := range []*Lock{la, lb} {
+				if err := take.Rejoin(l); err != nil {
+					t.Fatal(err)
+				}
+				if found := l.Confirm(); found != Kept {
+					t.Errorf("%s: found %v", l.path, found)
+				}
 			}
 			if kind, _ := kernelHas(t, disk); kind != c.after {
 				t.Errorf("the kernel has type %d, want %d", kind, c.after)
@@ -181,14 +189,56 @@ func TestTakeoverRefuses(t *testing.T) {
 	}
 	defer unix.Close(other)
 	take := files.Takeover(0)
-	if _, _, err := take.Ours("a", other, Exclusive, st); err == nil {
+	if _, err := take.Ours("a", other, Exclusive, st); err == nil {
 		t.Error("another file was taken for the locked one")
 	}
-	if _, _, err := take.Ours("a", 19000, Exclusive, st); err == nil {
+	if _, err := take.Ours("a", 19000, Exclusive, st); err == nil {
 		t.Error("a descriptor that is not open was adopted")
 	}
 	st.Remote = true
-	if _, _, err := take.Ours("a", fd, Exclusive, st); err == nil {
+	if _, err := take.Ours("a", fd, Exclusive, st); err == nil {
 		t.Error("a file was taken for a cell")
+	}
+}
+
+// A lock that was lost before a hand-over is found so, and taken as far as it is free.
+func TestConfirm(t *testing.T) {
+	files := newFiles(t, Config{})
+	for _, c := range []struct {
+		name  string
+		other int16 // what somebody else has
+		want  Finding
+	}{
+		{"nobody", unix.F_UNLCK, Kept},
+		{"shared", unix.F_RDLCK, Weakened},
+		{"exclusive", unix.F_WRLCK, Lost},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "disk")
+			l, err := files.Lock(path, Exclusive, true)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fd, st := l.State()
+			var fl unix.Flock_t
+			setLock(&fl, fd, unix.F_OFD_SETLK, unix.F_UNLCK)
+			other, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(other)
+			setLock(&fl, other, unix.F_OFD_SETLK, c.other)
+			if l, err = files.Takeover(0).Ours(path, fd, Exclusive, st); err != nil {
+				t.Fatal(err)
+			}
+			defer l.Release("", nil)
+			if found := l.Confirm(); found != c.want || l.Mode() == Exclusive != (c.want == Kept) {
+				t.Errorf("found %v, mode %v; want %v", found, l.Mode(), c.want)
+			}
+			setLock(&fl, other, unix.F_OFD_SETLK, unix.F_UNLCK)
+			if !l.Strengthen() {
+				t.Error("not exclusive, though it is free now")
+			}
+		})
 	}
 }

@@ -71,3 +71,35 @@ func (l *Lock) Forget(cell, other *vault.Cell) {
 	}
 	cell.Drop()
 }
+
+// LiesIn says that the file of a remote lock lies in this cell, that of a hold.
+func (l *Lock) LiesIn(cell *vault.Cell) {
+	if l.mount == "" || int(l.fd) == cell.FD() {
+		return
+	}
+	unix.Close(int(l.fd)) // another descriptor of that cell, or one that is not the last with the file in it
+	l.fd, l.private = int32(cell.FD()), false
+}
+
+// LeaveCell moves the file of a remote lock to a cell of its own, if it lies in that of a hold, which is about to be closed.
+func (l *Lock) LeaveCell() error {
+	if l.private || l.kind == POSIX {
+		return nil
+	}
+	fail := func(err error) error { return &Error{OpStore, l.path, err} }
+	file, err := lyingIn(int(l.fd))
+	if err != nil {
+		return fail(err)
+	}
+	defer unix.Close(file)
+	own, err := vault.NewCell()
+	if err != nil {
+		return fail(err)
+	}
+	if err := own.Put([]byte{1}, file); err != nil {
+		own.Close()
+		return fail(err)
+	}
+	l.fd, l.private = int32(own.FD()), true
+	return nil
+}

@@ -159,10 +159,12 @@ func (s *scratch) unlinkAt(dir int) syscall.Errno {
 
 // setLock applies a lock type (F_RDLCK, F_WRLCK, F_UNLCK) to byte 0 of fd,
 // with F_OFD_SETLK or F_SETLK, without waiting.
-func (s *scratch) setLock(fd, cmd int, typ int16) syscall.Errno {
+func (s *scratch) setLock(fd, cmd int, typ int16) syscall.Errno { return setLock(&s.fl, fd, cmd, typ) }
+
+func setLock(fl *unix.Flock_t, fd, cmd int, typ int16) syscall.Errno {
 	for {
-		s.fl = unix.Flock_t{Type: typ, Whence: unix.SEEK_SET, Start: 0, Len: 1}
-		errno := toErrno(unix.FcntlFlock(uintptr(fd), cmd, &s.fl))
+		*fl = unix.Flock_t{Type: typ, Whence: unix.SEEK_SET, Start: 0, Len: 1}
+		errno := toErrno(unix.FcntlFlock(uintptr(fd), cmd, fl))
 		if errno != unix.EINTR {
 			return errno
 		}

@@ -22,25 +22,6 @@ import (
 	"virtlockd/internal/verify"
 )
 
-// A Vault keeps locks over the end of the process.
-type Vault interface {
-	// State tells whether it does, why (not), and how many locks it keeps.
-	State() (on bool, why string, locks int)
-	// Keeps tells whether it keeps this one.
-	Keeps(*filelock.Lock) bool
-}
-
-// NoVault keeps nothing.
-type NoVault struct{}
-
-// State implements Vault.
-func (NoVault) State() (on bool, why string, locks int) {
-	return false, "there is no crash safety yet", 0
-}
-
-// Keeps implements Vault.
-func (NoVault) Keeps(*filelock.Lock) bool { return false }
-
 // Life is the daemon's own history.
 type Life struct {
 	Started, Serving     time.Time // the first binary in this process; this one
@@ -53,7 +34,8 @@ type Config struct {
 	Files   *filelock.Files
 	Events  *events.Log
 	Checker *verify.Checker
-	Vault   Vault
+	// Safe tells whether locks outlive a crash of the daemon, why not, and how many holds do.
+	Safe    func() (on bool, why string, holds int)
 	Servers func() []*rpc.Server
 	Life    func() Life
 	// Dropped is how many log messages were lost.
@@ -146,7 +128,7 @@ func (p *reader) locks(c *rpc.Client, req *inspect.Part, out []byte) []byte {
 		var entries []lockspace.Entry
 		entries, next = p.cfg.Table.List(next, min(turn, limit-n))
 		for i := range entries {
-			l := describe(&entries[i], p.cfg.Vault)
+			l := describe(&entries[i])
 			e.Add(&l)
 			if _, bytes := e.Len(); bytes > maxBytes && i+1 < len(entries) {
 				next = entries[i].Slot + 1
@@ -170,12 +152,12 @@ func (p *pause) rest() {
 	p.begin = time.Now()
 }
 
-func describe(e *lockspace.Entry, v Vault) inspect.Lock {
+func describe(e *lockspace.Entry) inspect.Lock {
 	id := e.Lock.ID()
 	l := inspect.Lock{
 		Lockspace: inspect.Text(e.Lockspace), Resource: inspect.Text(e.Resource), Path: inspect.Text(e.Path),
 		Mode: mode(e.Shared), Kind: "OFD",
-		AutoCreate: e.AutoCreate, Remote: e.Lock.Remote(), CrashSafe: v.Keeps(e.Lock),
+		AutoCreate: e.AutoCreate, Remote: e.Lock.Remote(), CrashSafe: e.Stored(),
 		File:   inspect.File{Dev: id.Dev, Ino: id.Ino, Block: id.Block},
 		Owners: make([]inspect.Owner, len(e.Holds)),
 	}
@@ -260,7 +242,7 @@ func (p *reader) checkOne(e *lockspace.Entry, reply *inspect.Checks) {
 	if len(found) == 0 {
 		return
 	}
-	f := inspect.Finding{Lock: describe(e, p.cfg.Vault)}
+	f := inspect.Finding{Lock: describe(e)}
 	for _, problem := range found {
 		f.Problems = append(f.Problems, inspect.Problem{Kind: string(problem.Kind), Text: inspect.Text(problem.Text)})
 	}

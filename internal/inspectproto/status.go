@@ -20,7 +20,7 @@ func (p *reader) status() *inspect.Status {
 		LogDropped: p.cfg.Dropped(),
 		LastEvent:  p.cfg.Events.Last(),
 	}
-	s.CrashSafe, s.CrashSafeReason, s.Locks.CrashSafe = p.cfg.Vault.State()
+	s.CrashSafe, s.CrashSafeReason, s.Locks.CrashSafe = p.cfg.Safe()
 	s.Lockspaces, s.Locks.Exclusive, s.Locks.Shared = p.cfg.Table.Counts()
 	s.Workers.All, s.Workers.Busy = p.cfg.Files.Workers()
 	for _, server := range p.cfg.Servers() {

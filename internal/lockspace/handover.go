@@ -38,46 +38,57 @@ func (t *Table) Thaw() { t.mu.Unlock() }
 // Snapshot returns all that is held, while the table is frozen. place says where an
 // owner stands in the snapshot. The order is the same for the same content.
 func (t *Table) Snapshot(place func(*owner.Owner) int32) (def []state.Resource, others []state.Lockspace) {
+	places := make([]int32, 0, t.held) // of owners; mostly each resource has one
 	for _, dir := range slices.Sorted(maps.Keys(t.spaces)) {
 		s := t.spaces[dir]
 		resources := make([]state.Resource, 0, len(s.resources))
 		for _, r := range s.resources {
 			if r.phase == held || r.phase == acquiring && len(r.holders) > 0 { // another hold of it is being stored
-				resources = append(resources, r.snapshot(place))
+				start := len(places)
+				for _, h := range r.holders {
+					places = append(places, place(h.owner))
+				}
+				resources = append(resources, r.snapshot(slices.Clip(places[start:])))
 			}
 		}
 		if dir == "" {
 			def = resources
 		} else {
-			others = append(others, state.Lockspace{Dir: dir, Resources: resources})
+			others = append(others, state.Lockspace{Dir: dir, Resources: resources, Cell: s.cell.Index()})
 		}
 	}
 	return def, others
 }
 
-func (r *resource) snapshot(place func(*owner.Owner) int32) state.Resource {
+func (r *resource) snapshot(owners []int32) state.Resource {
 	fd, file := r.lock.State()
 	res := state.Resource{
 		Name: r.name, Path: r.space.path(r.name),
 		FD: int32(fd), Held: true, Flags: r.flags, File: file,
-		Owners: make([]int32, len(r.holders)),
+		Owners: owners,
 		Since:  make([]int64, len(r.holders)),
 	}
 	for i, h := range r.holders {
-		res.Owners[i], res.Since[i] = place(h.owner), h.since
+		res.Since[i] = h.since
+		if h.cell != nil {
+			if res.Cells == nil {
+				res.Cells = make([]uint32, len(r.holders))
+			}
+			res.Cells[i] = h.cell.Index()
+		}
 	}
 	return res
 }
 
 // Restore adds a lockspace whose directory need not be made, before any request comes, or tells that the default one will have n
-// resources, too.
-func (t *Table) Restore(dir string, n int) error {
+// resources, too. cell is what it is stored in, 0: nothing.
+func (t *Table) Restore(dir string, n int, cell uint32) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if dir != "" && t.spaces[dir] != nil {
 		return &Error{Op: "restore", Lockspace: dir, Err: ErrExists}
 	}
-	t.spaces[dir] = &space{dir: dir, resources: make(map[string]*resource, n)}
+	t.spaces[dir] = &space{dir: dir, resources: make(map[string]*resource, n), cell: t.cell(cell)}
 	if len(t.files) == 0 {
 		t.files = make(map[filelock.FileID]*resource, n)
 	}
@@ -122,13 +133,49 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 		if i < len(res.Since) {
 			h.since = res.Since[i]
 		}
-		if i < len(res.Cells) && res.Cells[i] != 0 {
-			h.cell = t.vault.Load().Cell(res.Cells[i])
+		if i < len(res.Cells) {
+			h.cell = t.cell(res.Cells[i])
+		}
+		if i == 0 && h.cell != nil {
+			lock.LiesIn(h.cell)
 		}
 		t.addHolder(r, h)
 	}
 	t.count(r, 1)
+	t.adopted = append(t.adopted, r)
 	return rivals, nil
+}
+
+// Confirm asks the kernel for all locks that were adopted, and reports those that had been lost before. Requests may
+// come meanwhile.
+func (t *Table) Confirm(report func(path string, holder *owner.Owner, found filelock.Finding)) {
+	const batch = 64 // how many a request may have to wait for
+	for more := true; more; {
+		t.mu.Lock() // held over fcntl(2) on local files, which does not block
+		now := t.adopted[:min(batch, len(t.adopted))]
+		t.adopted = t.adopted[len(now):]
+		if more = len(t.adopted) > 0; !more {
+			t.adopted = nil
+		}
+		type loss struct {
+			path   string
+			holder *owner.Owner
+			found  filelock.Finding
+		}
+		var losses []loss
+		for _, r := range now {
+			if r.phase != held {
+				continue // released meanwhile
+			}
+			if found := r.lock.Confirm(); found != filelock.Kept {
+				losses = append(losses, loss{r.space.path(r.name), r.holders[0].owner, found})
+			}
+		}
+		t.mu.Unlock()
+		for _, l := range losses {
+			report(l.path, l.holder, l.found)
+		}
+	}
 }
 
 // Find returns the last acquisition of a resource by the owner with that pid, for an Undo that was

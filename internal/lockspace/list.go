@@ -54,6 +54,13 @@ type Entry struct {
 type Holding struct {
 	Owner *owner.Owner // without a reference: good for questions only
 	Since int64        // Unix time in ns; 0: not known
+	// Stored says that it is kept beyond the end of the process.
+	Stored bool
+}
+
+// Stored tells whether all holds are kept beyond the end of the process.
+func (e *Entry) Stored() bool {
+	return !slices.ContainsFunc(e.Holds, func(h Holding) bool { return !h.Stored })
 }
 
 // List returns what is held in a part of the table: it looks at no more than limit places from the given one on,
@@ -92,7 +99,7 @@ const maxListed = 1 << 12
 func (r *resource) entry(holds []Holding) (Entry, []Holding) {
 	first := len(holds)
 	for _, h := range r.holders {
-		holds = append(holds, Holding{h.owner, h.since})
+		holds = append(holds, Holding{h.owner, h.since, h.cell != nil})
 	}
 	return Entry{
 		Lockspace: r.space.dir, Resource: r.name,

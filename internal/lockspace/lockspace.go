@@ -121,7 +121,9 @@ type Table struct {
 	slots    slots                         // held ones, to be listed in pieces
 	serial   uint64                        // of the last hold
 	held     int                           // names held
+	stored   int                           // holds that have a cell
 	shared   int                           // those of them that are held shared
+	adopted  []*resource                   // whose locks the kernel was not asked for yet
 	settles  sync.Cond                     // signalled when a phase ends
 	retired  bool                          // see Retire
 	busy     int                           // resources acquiring or releasing
@@ -399,6 +401,9 @@ func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	r.phase = held
 	t.end(r)
 	if req.Owner.Dead() { // and what it held was given up meanwhile
+		if cell != nil {
+			t.stored++ // so that it can be taken back
+		}
 		t.unstore(r, cell)
 		return 0, ErrOwnerEnded
 	}
@@ -452,6 +457,9 @@ func (t *Table) addHolder(r *resource, h hold) (serial uint64) {
 	h.owner.Retain()
 	t.serial++
 	h.serial = t.serial
+	if h.cell != nil {
+		t.stored++
+	}
 	o := h.owner
 	r.holders = append(r.holders, h)
 	t.byOwner[o] = append(t.byOwner[o], r)

@@ -3,6 +3,9 @@
 package lockspace
 
 import (
+	"slices"
+
+	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/vault"
@@ -42,6 +45,9 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 // unstore takes a hold, which is no longer among r's, out of its cell. That of the last one goes with the lock.
 // t.mu is held; nothing here blocks.
 func (t *Table) unstore(r *resource, cell *vault.Cell) {
+	if cell != nil {
+		t.stored--
+	}
 	switch {
 	case cell == nil:
 	case len(r.holders) == 0 && r.cell == nil:
@@ -113,8 +119,80 @@ func (t *Table) storeResource(r *resource) {
 		t.mu.Unlock()
 		cell := t.store(r, o, vault.Origin{}, r.holders[i].since)
 		t.mu.Lock()
-		r.holders[i].cell = cell
+		if r.holders[i].cell = cell; cell != nil {
+			t.stored++
+		}
 		r.phase = held
 		t.end(r)
 	}
+}
+
+// cell returns the cell of a snapshot, nil if there is none.
+func (t *Table) cell(index uint32) *vault.Cell {
+	if v := t.vault.Load(); v != nil {
+		return v.Cell(index)
+	}
+	return nil
+}
+
+// ReleaseStored gives up the hold that is stored in a cell, if there still is one: its acquisition was never answered, or
+// its release was under way, in a process that died. It may block.
+func (t *Table) ReleaseStored(lockspace, name string, cell uint32) error {
+	return t.releaseOne(&Request{Lockspace: lockspace, Resource: name}, events.ClientGone, func(r *resource) int {
+		return slices.IndexFunc(r.holders, func(h hold) bool { return h.cell.Index() == cell })
+	})
+}
+
+// ReleaseAfter is ReleaseStored for a hold that a worker process of the process that died may still work on: nobody else touches
+// the resource until wait returns. The resource has no other hold.
+func (t *Table) ReleaseAfter(lockspace, name string, wait func()) {
+	t.mu.Lock()
+	s := t.spaces[lockspace]
+	if s == nil || s.resources[name] == nil || s.resources[name].phase != held {
+		t.mu.Unlock()
+		return
+	}
+	r := s.resources[name]
+	for len(r.holders) > 0 {
+		t.dropHolder(r, 0, events.ClientGone)
+	}
+	t.begin(r, releasing)
+	t.mu.Unlock()
+	go func() {
+		wait()
+		t.giveUp(r)
+	}()
+}
+
+// LeaveVault forgets all cells, because the vault is about to be given up: nothing is stored from now on. The table is
+// frozen, or not used yet. Files on disks that may hang are moved to cells of their own; if that is not possible, everything stays
+// as it was.
+func (t *Table) LeaveVault() error {
+	for _, s := range t.spaces {
+		for _, r := range s.resources {
+			if r.lock != nil && r.lock.Remote() {
+				if err := r.lock.LeaveCell(); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	for _, s := range t.spaces {
+		s.cell = nil
+		for _, r := range s.resources {
+			for i := range r.holders {
+				r.holders[i].cell = nil
+			}
+		}
+	}
+	t.stored = 0
+	t.vault.Store(nil)
+	return nil
+}
+
+// Stored returns how many holds are stored.
+func (t *Table) Stored() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.stored
 }

@@ -8,8 +8,6 @@ import (
 	"os"
 	"strconv"
 
-	"golang.org/x/sys/unix"
-
 	"virtlockd/internal/state"
 )
 
@@ -78,7 +76,7 @@ func (o *Owner) state() state.Owner {
 // Adopt takes an owner over from a snapshot. What a C daemon knew is a bare number: the process that has it
 // now is watched. An owner that has ended meanwhile is adopted too; its end is noticed as
 // soon as the poller runs. Release it when everything that holds something for it has
-// been adopted.
+// been adopted. If there is an error, the descriptor is still the caller's.
 func (r *Registry) Adopt(s *state.Owner) (*Owner, error) {
 	d := Details(s.Details)
 	p, err := inherited(s)
@@ -93,7 +91,10 @@ func (r *Registry) Adopt(s *state.Owner) (*Owner, error) {
 		kind = Verified
 	}
 	o, err := r.enter(&d, p, kind)
-	if err == nil && s.Ending {
+	switch {
+	case err != nil && s.PIDFD == state.NoFD:
+		p.close()
+	case err == nil && s.Ending:
 		r.HangUp(o)
 	}
 	return o, err
@@ -105,7 +106,6 @@ func inherited(s *state.Owner) (*process, error) {
 		if err := isPIDFD(int(s.PIDFD), s.PID); err != nil {
 			return nil, fmt.Errorf("cannot take over owner %d of domain %q: %w", s.PID, s.Name, err)
 		}
-		unix.CloseOnExec(int(s.PIDFD))
 		return &process{pid: s.PID, fd: int(s.PIDFD)}, nil
 	}
 	if s.Kind == state.Unverified || s.PID <= 0 {

@@ -239,9 +239,14 @@ func (r *Registry) adopt(d *Details, p *process, kind Kind) (*Owner, error) {
 		p.close()
 		return nil, ErrDead
 	}
-	return r.enter(d, p, kind)
+	o, err := r.enter(d, p, kind)
+	if err != nil {
+		p.close()
+	}
+	return o, err
 }
 
+// enter is adopt for a process that may have ended. If there is an error, p is still the caller's.
 func (r *Registry) enter(d *Details, p *process, kind Kind) (*Owner, error) {
 	r.mu.Lock()
 	known := r.byPID[d.PID]
@@ -267,7 +272,6 @@ func (r *Registry) enter(d *Details, p *process, kind Kind) (*Owner, error) {
 	token, err := r.cfg.Poller.Add(p.fd, unix.EPOLLIN|unix.EPOLLONESHOT, o)
 	if err != nil {
 		r.mu.Unlock()
-		p.close()
 		return nil, fmt.Errorf("cannot watch process %d, the owner of domain %q: %w", d.PID, d.Name, err)
 	}
 	o.token = token

@@ -214,6 +214,5 @@ func Adopt(path string, fd int) (*File, error) {
 	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &lock); err != nil {
 		return nil, &LockedError{path, holder(fd)}
 	}
-	unix.CloseOnExec(fd)
 	return &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}, nil
 }

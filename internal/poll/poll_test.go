@@ -322,3 +322,72 @@ func TestRun(t *testing.T) {
 		p.Close()
 	})
 }
+
+// A set that is inherited serves what is registered anew, in place of what it had, and nothing else: what was left in it is
+// another one's, though it may have the same slot.
+func TestInherit(t *testing.T) {
+	t.Parallel()
+	before, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, left, late := eventfd(t, 0), eventfd(t, 0), eventfd(t, 0)
+	ignore := handler(func(uint32) { t.Error("a handler of before was called") })
+	for _, fd := range []int{left, kept, late} { // the one that is left has the first slot
+		if _, err := before.Add(fd, unix.EPOLLIN|unix.EPOLLET, ignore); err != nil {
+			t.Fatal(err)
+		}
+	}
+	raise(t, kept) // before: not lost
+	epfd, gen := before.State()
+	if epfd, err = unix.FcntlInt(uintptr(epfd), unix.F_DUPFD_CLOEXEC, 0); err != nil { // as if exec had kept it
+		t.Fatal(err)
+	}
+	before.Close()
+
+	p, err := Inherit(epfd, gen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	got := make(chan string, 10)
+	register := func(name string, fd int) {
+		if _, err := p.Add(fd, unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) { got <- name })); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fresh := eventfd(t, 0)
+	register("kept", kept)
+	register("fresh", fresh)
+	ran := make(chan error, 1)
+	go func() { ran <- p.Run(context.Background()) }()
+	if name := await(t, got, "an event of before"); name != "kept" {
+		t.Errorf("an event of %s", name)
+	}
+	register("late", late) // while it runs
+	raise(t, left)
+	for name, fd := range map[string]int{"kept": kept, "fresh": fresh, "late": late} {
+		raise(t, fd)
+		if is := await(t, got, "an event"); is != name {
+			t.Errorf("an event of %s, want %s", is, name)
+		}
+	}
+	if _, again := p.State(); again <= gen {
+		t.Errorf("generation %d after %d", again, gen)
+	}
+	p.Close()
+	if err := <-ran; err != nil {
+		t.Error(err)
+	}
+	if len(got) > 0 {
+		t.Errorf("one more event, of %s", <-got)
+	}
+}
+
+func TestInheritRefuses(t *testing.T) {
+	t.Parallel()
+	if p, err := Inherit(eventfd(t, 0), 1); err == nil {
+		p.Close()
+		t.Error("an eventfd was taken for an epoll set")
+	}
+}

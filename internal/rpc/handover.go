@@ -109,12 +109,13 @@ func (c *Client) Owed() bool { return c.caller != nil }
 // Save returns what is to be kept of a client of a frozen server that is not running.
 func (c *Client) Save() state.Client {
 	return state.Client{
-		ID: c.id, ConnectTime: c.accepted, Uptime: c.uptime, FD: int32(c.fd),
+		ID: c.id, ConnectTime: c.accepted, Uptime: c.uptime, FD: int32(c.fd), Peer: c.pid,
 		MaxRequests: 1,
 		ReadOnly:    c.readOnly.Load(),
 		Self:        state.None,
 		Unread:      c.in, Dropped: c.dropped, FDs: c.fds, LastFD: c.lastFD,
 		Unsent: c.out, Closing: c.last,
+		Cell: c.cell.Index(),
 	}
 }
 
@@ -141,9 +142,14 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 	if err != nil {
 		return fail(os.NewSyscallError("getsockopt(SO_PEERCRED)", err))
 	}
-	kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil || kind != unix.SOCK_STREAM {
-		return fail(fmt.Errorf("it is no stream socket: type %d", kind))
+	switch {
+	case from.Peer == 0: // the peer can't be told, or the C daemon did not say
+		kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+		if err != nil || kind != unix.SOCK_STREAM {
+			return fail(fmt.Errorf("it is no stream socket: type %d", kind))
+		}
+	case cred.Pid != from.Peer:
+		return fail(fmt.Errorf("it is of process %d, not %d", cred.Pid, from.Peer))
 	}
 	up := from.Uptime
 	if up == 0 { // from the C daemon, which keeps seconds of the wall clock
@@ -157,7 +163,6 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 			return fail(os.NewSyscallError("fcntl(O_NONBLOCK)", err))
 		}
 	}
-	unix.CloseOnExec(fd)
 	c := &Client{
 		server: s, id: from.ID, fd: fd,
 		accepted: from.ConnectTime, uptime: up,
@@ -166,6 +171,11 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 		out: from.Unsent, last: from.Closing,
 	}
 	c.readOnly.Store(from.ReadOnly)
+	if v := s.vault.Load(); v != nil && from.Cell != 0 {
+		if c.cell = v.Cell(from.Cell); c.cell != nil {
+			c.request, c.told = ProgressOf(c.cell.Word().Load()).Request, true
+		}
+	}
 	if from.Undo != nil && len(s.programs) > 0 {
 		c.caller = s.programs[0].Program // of the servers that have something to undo each has one
 	}

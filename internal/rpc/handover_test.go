@@ -264,3 +264,28 @@ func TestFreezeUnderLoad(t *testing.T) {
 	now.Poller.Close()
 	<-now.ended
 }
+
+// A connection of another peer than the snapshot says is not adopted, nor is what is no connection.
+func TestAdoptRefuses(t *testing.T) {
+	b, next := serve(t, nil), serve(t, nil)
+	_, c := b.client()
+	next.client() // it runs
+	b.Freeze(time.Now().Add(time.Minute))
+	defer b.Thaw()
+	other := c.Save()
+	other.Peer++
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	other.ID = 100
+	packets := other
+	packets.FD, packets.Peer = int32(pair[0]), 0
+	for _, saved := range []state.Client{other, packets} {
+		if err := next.Adopt(&saved, func(*Client) error { return nil }); err == nil {
+			t.Errorf("adopted: %+v", saved)
+		}
+	}
+}

@@ -82,12 +82,23 @@ func (c *Client) keep() {
 	}
 }
 
-// Keep stores the connection, if it is not stored yet, of a client of a frozen server that is not running.
-func (c *Client) Keep() {
-	c.keep()
-	if len(c.in) == 0 && len(c.out) == 0 {
-		c.phase(c.request, phaseIdle)
+// KeepAll stores the connections that are not stored yet. The server is frozen, and no client is running.
+func (s *Server) KeepAll() {
+	for _, c := range s.Clients() {
+		c.keep()
+		if len(c.in) == 0 && len(c.out) == 0 {
+			c.phase(c.request, phaseIdle)
+		}
 	}
+}
+
+// LeaveVault forgets all cells, because the vault is about to be given up: no connection is stored from now on. The server is
+// frozen, and no client is running.
+func (s *Server) LeaveVault() {
+	for _, c := range s.Clients() {
+		c.cell, c.told = nil, false
+	}
+	s.vault.Store(nil)
 }
 
 // unkeep takes the connection out of the vault, so that the peer sees its end when we close it.
@@ -97,3 +108,6 @@ func (c *Client) unkeep() {
 		c.cell = nil
 	}
 }
+
+// IdleWord is the word of a connection whose requests up to this one are answered.
+func IdleWord(request uint64) uint64 { return request<<phaseBits | phaseIdle }

@@ -28,7 +28,7 @@ func Decode(data []byte, pid int32) (*Snapshot, []Problem, error) {
 	d := &decoder{
 		scanner: scanner{data: data},
 		snap:    &Snapshot{PIDFile: NoFD, Vault: NoFD},
-		fds:     map[int32]struct{}{},
+		fds:     descriptors{},
 		spaces:  map[string]*space{},
 	}
 	if d.peek() != '{' {
@@ -53,11 +53,12 @@ type decoder struct {
 	at       []step
 	problems []Problem
 	snap     *Snapshot
-	fds      map[int32]struct{} // all in the snapshot
-	spaces   map[string]*space  // by directory, "": the default one
-	ordered  []*space           // the same
-	numbers  []int32            // see take
-	times    []int64            // the same
+	fds      descriptors       // all in the snapshot
+	pending  []pending         // of the lockspace that is being read
+	spaces   map[string]*space // by directory, "": the default one
+	ordered  []*space          // the same
+	numbers  []int32           // see take
+	times    []int64           // the same
 }
 
 // object reads an object, calling f for each of the keys that it has; f reads the value. Others are
@@ -69,7 +70,10 @@ func (d *decoder) object(keys []string, f func(k int)) (seen uint32, ok bool) {
 	}
 	next := 0 // where the next key is in a file whose writer has our order
 	for more := d.enter('}'); more; more = d.more('}') {
-		name := d.key()
+		name := d.expect(keys, next)
+		if name == nil {
+			name = d.key()
+		}
 		k := next
 		for n := 0; k >= len(keys) || keys[k] != string(name); n++ {
 			if n > len(keys) {
@@ -98,6 +102,23 @@ func (d *decoder) object(keys []string, f func(k int)) (seen uint32, ok bool) {
 	return seen, true
 }
 
+// expect reads the key keys[next] and its colon if that is what comes, as it does in a file of our own.
+func (d *decoder) expect(keys []string, next int) []byte {
+	if next >= len(keys) {
+		return nil
+	}
+	n, rest := len(keys[next]), d.data[d.pos:]
+	if len(rest) < n+3 || rest[0] != '"' || string(rest[1:n+1]) != keys[next] || rest[n+1] != '"' || rest[n+2] != ':' {
+		return nil
+	}
+	d.pos += n + 3
+	return rest[1 : n+1]
+}
+
+// room is for how many clients or resources to make room: about as many as the rest of the file can be. To grow step by
+// step takes twice the memory, and what new memory costs is its use, not its size.
+func (d *decoder) room() int { return (len(d.data)-d.pos)/256 + 1 }
+
 // array reads an array, calling f for each element.
 func (d *decoder) array(f func(i int)) {
 	if d.peek() != '[' {
@@ -118,6 +139,9 @@ func (d *decoder) array(f func(i int)) {
 func (d *decoder) integer(lo int64, hi uint64, def int64) (neg bool, n uint64) {
 	defNeg, defN := def < 0, uint64(max(def, -def))
 	c := d.peek()
+	if n, ok := d.digits(hi); ok {
+		return false, n
+	}
 	if c != '-' && (c < '0' || c > '9') {
 		d.skip()
 		d.kept(WrongType, fmt.Sprintf("not a number; taken as %d", def))
@@ -150,6 +174,26 @@ func (d *decoder) integer(lo int64, hi uint64, def int64) (neg bool, n uint64) {
 		return defNeg, defN
 	}
 	return neg, n
+}
+
+// digits reads a whole number up to hi in its usual form: up to 18 digits.
+func (d *decoder) digits(hi uint64) (n uint64, ok bool) {
+	i := d.pos
+	for ; i < len(d.data) && i < d.pos+18; i++ {
+		c := d.data[i] - '0'
+		if c > 9 {
+			break
+		}
+		n = 10*n + uint64(c)
+	}
+	if i == d.pos || i == len(d.data) || n > hi || d.data[d.pos] == '0' && i > d.pos+1 {
+		return 0, false
+	}
+	if c := d.data[i]; c != ',' && c != '}' && c != ']' {
+		return 0, false
+	}
+	d.pos = i
+	return n, true
 }
 
 // clip shortens what a file says for a log.
@@ -186,10 +230,24 @@ func (d *decoder) claim(fd int32) bool {
 	if fd < 0 {
 		return false
 	}
-	if _, taken := d.fds[fd]; taken {
+	return d.fds.add(fd)
+}
+
+// descriptors is a set of them, in which those with near numbers share their memory.
+type descriptors map[int32]*[64]uint64
+
+// add tells whether fd was not in the set.
+func (s descriptors) add(fd int32) bool {
+	part := s[fd>>12]
+	if part == nil {
+		part = new([64]uint64)
+		s[fd>>12] = part
+	}
+	word, bit := &part[fd>>6&63], uint64(1)<<(fd&63)
+	if *word&bit != 0 {
 		return false
 	}
-	d.fds[fd] = struct{}{}
+	*word |= bit
 	return true
 }
 
@@ -380,7 +438,7 @@ func (d *decoder) servers() {
 func (d *decoder) forget(why string) {
 	known := d.fds
 	mark := len(d.problems)
-	d.fds = map[int32]struct{}{}
+	d.fds = descriptors{}
 	s := d.server(false)
 	d.fds = known
 	var fds []int32
@@ -440,7 +498,12 @@ func (d *decoder) server(admin bool) *Server {
 		case serverServices:
 			d.array(func(int) { d.service(s) })
 		case serverClients:
-			d.array(func(int) { d.client(s, admin) })
+			d.array(func(i int) {
+				if i == 0 && !admin {
+					s.Clients = make([]Client, 0, d.room())
+				}
+				d.client(s, admin)
+			})
 		}
 	})
 	if !ok {
@@ -715,7 +778,7 @@ type clientExtras struct {
 	told, unregistered bool
 }
 
-var clientExtraKeys = []string{"connNsec", "uptime", "self", "unregistered", "unread", "dropped", "fds", "lastFD", "unsent",
+var clientExtraKeys = []string{"connNsec", "peer", "uptime", "self", "unregistered", "unread", "dropped", "fds", "lastFD", "unsent",
 	"closing", "undo", "cell"}
 
 func (d *decoder) clientExtra(c *Client, x *clientExtras) {
@@ -723,6 +786,8 @@ func (d *decoder) clientExtra(c *Client, x *clientExtras) {
 		switch clientExtraKeys[k] {
 		case "connNsec":
 			_, x.connNsec = d.integer(0, 999_999_999, 0)
+		case "peer":
+			c.Peer = d.i32(0, 0)
 		case "uptime":
 			_, n := d.integer(0, math.MaxInt64, 0)
 			c.Uptime = int64(n)
@@ -781,15 +846,15 @@ type space struct {
 	at        []step // where it is
 	dir       string
 	cell      uint32
-	resources []resource
+	resources []Resource
+	waiting   []waiting      // what is still to be found for each of them
 	names     map[string]int // places in resources
 }
 
-// resource is a Resource whose owners are found when the whole file has been read, because their table may
-// stand behind it.
-type resource struct {
-	Resource
-	index        int // in the file
+// waiting are the owners of a resource. They are found when the whole file has been read, because their table may stand
+// behind it.
+type waiting struct {
+	index        int // of the resource in the file
 	pids, places []int32
 }
 
@@ -800,13 +865,13 @@ var lockspaceExtraKeys = []string{"cell"}
 func (d *decoder) lockspace(isDefault bool) {
 	var dir name
 	var cell uint32
-	var rs []pending
+	d.pending = d.pending[:0]
 	seen, ok := d.object(lockspaceKeys, func(k int) {
 		switch lockspaceKeys[k] {
 		case "directory":
 			d.name(&dir)
 		case "resources":
-			d.array(func(i int) { rs = d.resource(rs, i) })
+			d.array(func(i int) { d.resource(i) })
 		case "directoryBytes":
 			d.bytes(&dir)
 		case extra:
@@ -819,7 +884,7 @@ func (d *decoder) lockspace(isDefault bool) {
 		d.lost(WrongType, "not an object")
 		return
 	}
-	path := dir.String()
+	path, rs := dir.String(), d.pending
 	switch {
 	case isDefault:
 		path = ""
@@ -834,7 +899,10 @@ func (d *decoder) lockspace(isDefault bool) {
 	d.missing(lockspaceKeys, seen, 1<<1, "not in the file; taken as empty")
 	s := d.spaces[path]
 	if s == nil {
-		s = &space{at: slices.Clone(d.at), dir: path, cell: cell, resources: make([]resource, 0, len(rs)), names: make(map[string]int, len(rs))}
+		s = &space{
+			at: slices.Clone(d.at), dir: path, cell: cell,
+			resources: make([]Resource, 0, len(rs)), waiting: make([]waiting, 0, len(rs)), names: make(map[string]int, len(rs)),
+		}
 		d.spaces[path] = s
 		d.ordered = append(d.ordered, s)
 	} else {
@@ -876,9 +944,12 @@ type pending struct {
 	cells        []uint32
 }
 
-func (d *decoder) resource(rs []pending, index int) []pending {
-	rs = append(rs, pending{index: index, fd: NoFD, held: true})
-	r := &rs[len(rs)-1]
+func (d *decoder) resource(index int) {
+	if d.pending == nil {
+		d.pending = make([]pending, 0, d.room())
+	}
+	d.pending = append(d.pending, pending{index: index, fd: NoFD, held: true})
+	r := &d.pending[len(d.pending)-1]
 	seen, ok := d.object(resourceKeys, func(k int) {
 		switch k {
 		case resourceName:
@@ -909,10 +980,10 @@ func (d *decoder) resource(rs []pending, index int) []pending {
 	})
 	if !ok {
 		d.lost(WrongType, "not an object")
-		return rs[:len(rs)-1]
+		d.pending = d.pending[:len(d.pending)-1]
+		return
 	}
 	r.seen = seen
-	return rs
 }
 
 // take returns the numbers from start on. Thousands of lists with one number each share their memory.
@@ -957,18 +1028,18 @@ func (d *decoder) resourceExtra(r *pending) {
 
 // enroll enters a resource into its lockspace.
 func (d *decoder) enroll(s *space, p *pending) {
-	r := resource{
-		Resource: Resource{
-			Name: p.name.String(), Path: p.path.String(), FD: p.fd, Held: p.held, Flags: p.flags, Since: p.since, File: p.file, Cells: p.cells,
-		},
-		index: p.index, pids: p.pids, places: p.places,
-	}
+	r := Resource{Path: p.path.String(), FD: p.fd, Held: p.held, Flags: p.flags, Since: p.since, File: p.file, Cells: p.cells}
 	prefix := ""
 	if s.dir != "" {
 		prefix = s.dir + "/"
 	}
-	if r.Name == "" {
-		r.Name = strings.TrimPrefix(r.Path, prefix)
+	text := p.name.text
+	if p.name.exact {
+		text = p.name.bytes
+	}
+	// Mostly the same bytes in memory are good for both.
+	if r.Name = strings.TrimPrefix(r.Path, prefix); len(text) > 0 && string(text) != r.Name {
+		r.Name = string(text)
 	}
 	if r.Name == "" {
 		d.lost(Missing, "a resource without name", p.fd)
@@ -976,13 +1047,11 @@ func (d *decoder) enroll(s *space, p *pending) {
 	}
 	if r.Path == "" {
 		r.Path = prefix + r.Name
-	} else if rest, ok := strings.CutPrefix(r.Path, prefix); ok && rest == r.Name {
-		r.Name = rest // the same bytes in memory
 	}
 	const required = 1<<resourceName | 1<<resourcePath | 1<<resourceHeld | 1<<resourceFlags
 	d.missing(resourceKeys, p.seen, required, "not in the file; taken as the other of name and path, true, or 0")
 	if first, taken := s.names[r.Name]; taken {
-		f := &s.resources[first]
+		f := &s.waiting[first]
 		f.pids = append(f.pids, p.pids...)
 		f.places = append(f.places, p.places...)
 		d.lost(Duplicate, fmt.Sprintf("the lockspace has a resource %q already; only the owners of this one are kept, with that one", r.Name), p.fd)
@@ -997,10 +1066,12 @@ func (d *decoder) enroll(s *space, p *pending) {
 	}
 	s.names[r.Name] = len(s.resources)
 	s.resources = append(s.resources, r)
+	s.waiting = append(s.waiting, waiting{p.index, p.pids, p.places})
 }
 
 var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
-	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen", "recoveries", "vault", "cell"}
+	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen", "epoll",
+	"recoveries", "vault", "cell"}
 
 const (
 	extraLog      = 6 // the first of the log settings
@@ -1026,6 +1097,8 @@ func (d *decoder) extra() {
 			d.snap.Frozen = int64(n)
 		case "pidFile":
 			d.snap.PIDFile = d.ownFD()
+		case "epoll":
+			d.snap.Epoll = d.epoll()
 		case "timeout":
 			v := d.u32(0)
 			d.snap.Timeout = &v
@@ -1059,6 +1132,31 @@ func (d *decoder) extra() {
 			*setting = &v
 		}
 	}
+}
+
+var epollKeys = []string{"fd", "generation"}
+
+func (d *decoder) epoll() *Epoll {
+	e := Epoll{FD: NoFD}
+	seen, ok := d.object(epollKeys, func(k int) {
+		switch epollKeys[k] {
+		case "fd":
+			e.FD = d.ownFD()
+		case "generation":
+			e.Generation = d.i32(math.MinInt32, 0)
+		}
+	})
+	switch {
+	case !ok:
+		d.kept(WrongType, "not an object; ignored")
+		return nil
+	case seen != 1<<len(epollKeys)-1:
+		d.kept(Missing, "a key of the epoll set is not in the file; ignored")
+		return nil
+	case e.FD == NoFD:
+		return nil
+	}
+	return &e
 }
 
 // ownFD reads a descriptor that is of use to our own daemon only.
@@ -1127,16 +1225,20 @@ func (d *decoder) finish() {
 		if d.err != nil {
 			return
 		}
-		var rs []Resource
-		if len(s.resources) > 0 {
-			rs = make([]Resource, len(s.resources))
-		}
 		d.at = append(append(d.at[:0], s.at...), step{key: []byte("resources")}, step{})
 		for i := range s.resources {
-			r := &s.resources[i]
-			d.at[len(d.at)-1].index = r.index
-			d.owners(r, told, byPID)
-			rs[i] = r.Resource
+			w := &s.waiting[i]
+			d.at[len(d.at)-1].index = w.index
+			res := &s.resources[i]
+			res.Owners = d.owners(w, told, byPID)
+			if len(res.Cells) != 0 && len(res.Cells) != len(res.Owners) {
+				d.kept(Contradiction, "there are not as many cells as owners; they are ignored")
+				res.Cells = nil
+			}
+		}
+		rs := s.resources
+		if len(rs) == 0 {
+			rs = nil
 		}
 		if s.dir == "" {
 			d.snap.Default = rs
@@ -1162,7 +1264,7 @@ func (d *decoder) finish() {
 }
 
 // owners finds the owners of a resource, in the table as the file told it, or by their numbers.
-func (d *decoder) owners(r *resource, told int, byPID map[int32]int32) {
+func (d *decoder) owners(r *waiting, told int, byPID map[int32]int32) []int32 {
 	good := len(r.places) == len(r.pids)
 	for i := 0; good && i < len(r.places); i++ {
 		place := int(r.places[i])
@@ -1171,26 +1273,22 @@ func (d *decoder) owners(r *resource, told int, byPID map[int32]int32) {
 	switch {
 	case len(r.pids) == 0:
 		d.kept(NoOwners, "the resource has no owners")
+		return nil
 	case good:
-		r.Owners = r.places
-		if len(r.Cells) != 0 && len(r.Cells) != len(r.Owners) {
-			d.kept(Contradiction, "as many cells as owners are needed; all are stored anew")
-			r.Cells = nil
-		}
-	default:
-		r.Cells = nil
-		if r.places != nil {
-			d.kept(Contradiction, "the table of owners names other processes; the numbers here count")
-		}
-		r.Owners = make([]int32, len(r.pids))
-		for i, pid := range r.pids {
-			place, known := byPID[pid]
-			if !known {
-				place = int32(len(d.snap.Owners))
-				byPID[pid] = place
-				d.snap.Owners = append(d.snap.Owners, Owner{Details: Details{PID: pid}, PIDFD: NoFD})
-			}
-			r.Owners[i] = place
-		}
+		return r.places
 	}
+	if r.places != nil {
+		d.kept(Contradiction, "the table of owners names other processes; the numbers here count")
+	}
+	owners := make([]int32, len(r.pids))
+	for i, pid := range r.pids {
+		place, known := byPID[pid]
+		if !known {
+			place = int32(len(d.snap.Owners))
+			byPID[pid] = place
+			d.snap.Owners = append(d.snap.Owners, Owner{Details: Details{PID: pid}, PIDFD: NoFD})
+		}
+		owners[i] = place
+	}
+	return owners
 }

@@ -286,6 +286,13 @@ func (e *encoder) extras(s *Snapshot) {
 		e.int("vault", int64(s.Vault))
 	}
 	e.some("cell", uint64(s.Cell))
+	if s.Epoll != nil {
+		e.key("epoll")
+		e.open('{')
+		e.int("fd", int64(s.Epoll.FD))
+		e.int("generation", int64(s.Epoll.Generation))
+		e.end('}')
+	}
 	if s.StartDir != "" {
 		e.string("startDir", s.StartDir)
 	}
@@ -401,6 +408,9 @@ func (e *encoder) client(c *Client, admin bool) {
 		end := e.extra()
 		if nsec := c.ConnectTime % ns; nsec != 0 {
 			e.int("connNsec", nsec)
+		}
+		if c.Peer != 0 {
+			e.int("peer", int64(c.Peer))
 		}
 		if c.Uptime != 0 {
 			e.int("uptime", c.Uptime)

@@ -26,14 +26,33 @@ func Write(path string, data []byte) error {
 	if err := write(path+".new", path, data); err != nil {
 		return fmt.Errorf("cannot write the state file: %w", err)
 	}
-	got, err := read(path, int64(len(data)))
-	if err == nil && !bytes.Equal(got, data) {
-		err = &fs.PathError{Op: "read", Path: path, Err: errors.New("the file is not what was written")}
-	}
-	if err != nil {
+	if err := check(path, data); err != nil {
 		return errors.Join(fmt.Errorf("cannot write the state file: reading it back: %w", err), Remove(path))
 	}
 	return nil
+}
+
+// check tells why the file at path is not what data says.
+func check(path string, data []byte) error {
+	f, size, err := open(path, int64(len(data)))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	part := make([]byte, 256<<10) // everybody waits, and new memory takes longer than to read
+	for same := size == int64(len(data)); same; {
+		n, err := f.Read(part)
+		if err == io.EOF && len(data) == 0 {
+			return nil
+		}
+		if err != nil && err != io.EOF {
+			return err
+		}
+		if same = n > 0 && n <= len(data) && bytes.Equal(part[:n], data[:n]); same {
+			data = data[n:]
+		}
+	}
+	return &fs.PathError{Op: "read", Path: path, Err: errors.New("the file is not what was written")}
 }
 
 func write(temp, path string, data []byte) (err error) {
@@ -65,27 +84,32 @@ func write(temp, path string, data []byte) (err error) {
 // Read returns the content of a state file, which must be a regular file that is ours and that nobody else may
 // write to. fs.ErrNotExist is in the error's chain if there is none.
 func Read(path string) ([]byte, error) {
-	data, err := read(path, MaxFile)
+	data, err := read(path)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the state file: %w", err)
 	}
 	return data, nil
 }
 
-func read(path string, most int64) ([]byte, error) {
+// open opens a file that is as Read says and has at most so many bytes.
+func open(path string, most int64) (_ *os.File, size int64, err error) {
 	// O_NONBLOCK: a FIFO must not hold us.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	defer f.Close()
-	fail := func(format string, a ...any) ([]byte, error) {
-		return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf(format, a...)}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	fail := func(format string, a ...any) (*os.File, int64, error) {
+		return nil, 0, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf(format, a...)}
 	}
 	var st unix.Stat_t
 	conn, err := f.SyscallConn()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if ctl := conn.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &st) }); ctl != nil || err != nil {
 		return fail("fstat: %w", errors.Join(ctl, err))
@@ -100,12 +124,24 @@ func read(path string, most int64) ([]byte, error) {
 	case st.Size > most:
 		return fail("it has %d bytes, more than %d", st.Size, most)
 	}
-	data := make([]byte, st.Size)
+	return f, st.Size, nil
+}
+
+func read(path string) ([]byte, error) {
+	f, size, err := open(path, MaxFile)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fail := func(format string, a ...any) ([]byte, error) {
+		return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf(format, a...)}
+	}
+	data := make([]byte, size)
 	if _, err := io.ReadFull(f, data); err != nil {
 		return fail("it has become shorter: %w", err)
 	}
 	if n, err := f.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-		return fail("it has become longer than %d bytes", st.Size)
+		return fail("it has become longer than %d bytes", size)
 	}
 	return data, nil
 }

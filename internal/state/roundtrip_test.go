@@ -72,6 +72,9 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 		if rapid.Bool().Draw(t, "vault") {
 			s.Vault = fd()
 		}
+		if rapid.Bool().Draw(t, "epoll") {
+			s.Epoll = &Epoll{FD: fd(), Generation: rapid.Int32().Draw(t, "generation")}
+		}
 		if rapid.Bool().Draw(t, "timeout set") {
 			v := rapid.Uint32().Draw(t, "timeout")
 			s.Timeout = &v
@@ -109,8 +112,8 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 				c := Client{
 					ID: id, ConnectTime: rapid.Int64Range(0, math.MaxInt64/1e9*1e9-1e9).Draw(t, "time"), FD: fd(),
 					Auth: rapid.Int32Min(0).Draw(t, "auth"), ReadOnly: rapid.Bool().Draw(t, "ro"), MaxRequests: rapid.Uint32().Draw(t, "requests"),
-					Self:   None,
-					Uptime: rapid.Int64Min(0).Draw(t, "uptime"), Unread: bytes.Draw(t, "unread"), Unsent: bytes.Draw(t, "unsent"),
+					Self: None,
+					Peer: rapid.Int32Min(0).Draw(t, "peer"), Uptime: rapid.Int64Min(0).Draw(t, "uptime"), Unread: bytes.Draw(t, "unread"), Unsent: bytes.Draw(t, "unsent"),
 					Dropped: rapid.Uint32().Draw(t, "dropped"), FDs: rapid.Uint32().Draw(t, "fds"), LastFD: rapid.Bool().Draw(t, "last fd"),
 					Closing: rapid.Bool().Draw(t, "closing"), Cell: rapid.Uint32().Draw(t, "cell"),
 				}

@@ -51,6 +51,7 @@ type Snapshot struct {
 	Recoveries uint64 // how many processes have taken over from one that had died
 	Frozen     int64  // since when everybody waits for this hand-over, ns of CLOCK_MONOTONIC; 0: not known
 	PIDFile    int32  // descriptor of the locked pid file, or NoFD
+	Epoll      *Epoll // nil: not handed over
 	// Vault is the descriptor of the root of the vault, or NoFD. The cells below are those of package vault, from 1;
 	// 0: not stored.
 	Vault int32
@@ -61,6 +62,12 @@ type Snapshot struct {
 	// Settings changed at run time. nil: as the command line and the configuration say.
 	Timeout                          *uint32 // seconds without client before the daemon ends, 0: never
 	LogLevel, LogFilters, LogOutputs *string
+}
+
+// Epoll is the epoll set of all descriptors.
+type Epoll struct {
+	FD         int32
+	Generation int32 // greater than that of each registration in it
 }
 
 // Server is one set of sockets and their clients.
@@ -113,6 +120,7 @@ type Client struct {
 
 	// From here on only our own daemon writes and reads it.
 
+	Peer    int32  // process id of the peer as the kernel has it; 0: not known
 	Uptime  int64  // the moment of ConnectTime in ns since boot; 0: not known
 	Unread  []byte // received and not executed
 	Dropped uint32 // how many bytes of the first message in Unread were received and not kept

@@ -83,7 +83,8 @@ func (v *Vault) openBatch(m []byte, at int) error {
 	return nil
 }
 
-// Found is what lies in a cell. One of the pointers is set, or Err.
+// Found is what lies in a cell. One of the pointers is set, or Err; none where nothing lies in a cell that a worker process of an
+// earlier daemon may still put something into.
 type Found struct {
 	Cell      *Cell
 	Hold      *Hold
@@ -99,18 +100,26 @@ type Found struct {
 // Contents reads the records of all cells, in the order of their indexes; empty ones are free from now on. Descriptors are not opened. A
 // cell in which a record was just being replaced is left with the later one.
 func (v *Vault) Contents() ([]Found, error) {
+	return v.contents(func(*Cell) bool { return true })
+}
+
+func (v *Vault) contents(of func(*Cell) bool) ([]Found, error) {
 	buf := make([]byte, MaxRecord)
 	var all []Found
 	v.free = v.free[:0]
 	for _, c := range slices.Backward(v.cells) {
-		if c == nil {
+		if c == nil || !of(c) {
 			continue
 		}
 		messages, err := c.messages(buf)
 		if err != nil {
 			return nil, fmt.Errorf("read cell %d of the vault: %w", c.index, err)
 		}
-		if len(messages) == 0 {
+		switch {
+		case len(messages) == 0 && Worker(c.word.Load()) != 0:
+			all = append(all, Found{Cell: c})
+			continue
+		case len(messages) == 0:
 			c.word.Store(0)
 			v.free = append(v.free, c)
 			continue
@@ -178,3 +187,15 @@ func (f *Found) Descriptors() ([]int, error) {
 
 // HasPIDFD tells whether the first descriptor of a hold, or the second one of a client, is a pidfd.
 func (f *Found) HasPIDFD() bool { return f.fds > 1 }
+
+// Claim says which cells are in use, after a live upgrade: all others are free, but for those in which something lies. These are
+// returned.
+func (v *Vault) Claim(used []uint32) ([]Found, error) {
+	claimed := make([]bool, len(v.cells)+1)
+	for _, i := range used {
+		if int(i) < len(claimed) {
+			claimed[i] = true
+		}
+	}
+	return v.contents(func(c *Cell) bool { return !claimed[c.index] })
+}

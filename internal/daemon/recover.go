@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/events"
+	"virtlockd/internal/rpc"
+	"virtlockd/internal/state"
+	"virtlockd/internal/vault"
+)
+
+// recovery is what is found in the vault of a process that has died.
+type recovery struct {
+	vault    *vault.Vault
+	snapshot *state.Snapshot
+
+	owners    map[ownerKey]int32 // places in the snapshot
+	resources map[resourceKey]*state.Resource
+	progress  map[uint64]rpc.Progress // of the lock server's clients, by their id
+	unsettled []unsettled
+	lost      []uint64 // clients whose last request can't be told to be answered
+	dismissed []dismissed
+}
+
+// ownerKey is the number of an owner, and whether it is nothing else to us.
+type ownerKey struct {
+	pid    int32
+	number bool
+}
+
+type resourceKey struct{ lockspace, name string }
+
+// unsettled is a hold that ends with the recovery.
+type unsettled struct {
+	resourceKey
+	cell   uint32
+	worker int // that may still work on it; 0: none
+	why    string
+}
+
+// dismissed is a connection that ends with the recovery.
+type dismissed struct {
+	cell   *vault.Cell
+	fd     int
+	id     uint64
+	server string
+}
+
+// recoverVault makes a snapshot of what is in the vault, as a live upgrade would have left it. Nothing in the vault is changed: a
+// process that dies here leaves everything to the next one.
+//
+// An error says that not everything could be opened; then the daemon must not serve anybody, and locks stay held by the vault itself.
+func (d *daemon) recoverVault(root int) (*recovery, error) {
+	v, err := vault.Open(root)
+	if err != nil {
+		return nil, fmt.Errorf("what a daemon that has ended has left can't be taken over, and its locks stay held until it can: %w", err)
+	}
+	found, err := v.Contents()
+	if err != nil {
+		return nil, err
+	}
+	r := &recovery{
+		vault: v, owners: map[ownerKey]int32{}, resources: map[resourceKey]*state.Resource{}, progress: map[uint64]rpc.Progress{},
+		snapshot: &state.Snapshot{
+			PIDFile: state.NoFD,
+			Lock:    &state.Server{KeepaliveInterval: ^uint32(0)},
+			Admin:   &state.Server{KeepaliveInterval: ^uint32(0)},
+		},
+	}
+	// Settings first, everything else goes into their snapshot; clients before the holds that they have acquired.
+	order := func(f vault.Found) int {
+		switch {
+		case f.Daemon != nil:
+			return 0
+		case f.Client != nil:
+			return 1
+		}
+		return 2
+	}
+	slices.SortStableFunc(found, func(a, b vault.Found) int { return cmp.Compare(order(a), order(b)) })
+	spaces := map[string]uint32{}
+	for i := range found {
+		f := &found[i]
+		switch {
+		case f.Err != nil:
+			d.log.Error("recovery: something in the vault is not understood; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index(), "error", f.Err)
+		case f.Daemon != nil:
+			err = d.recoverSettings(r, f)
+		case f.Client != nil:
+			err = r.client(f)
+		case f.Hold != nil:
+			err = r.hold(f)
+		case f.Lockspace != nil:
+			spaces[*f.Lockspace] = f.Cell.Index()
+		default:
+			worker := vault.Worker(f.Cell.Word().Load())
+			go func() {
+				awaitWorker(worker)
+				v.Release(f.Cell)
+			}()
+		}
+		if err != nil {
+			return nil, fmt.Errorf("recovery: %w", err)
+		}
+	}
+	r.complete(spaces)
+	return r, nil
+}
+
+// recoverSettings takes the daemon's own settings over.
+func (d *daemon) recoverSettings(r *recovery, f *vault.Found) error {
+	fds, err := f.Descriptors()
+	if err != nil {
+		return err
+	}
+	s, problems, err := state.Decode(f.Daemon.State, keptPID)
+	if err != nil {
+		d.log.Error("recovery: the settings of the daemon that has ended are not understood; those of the configuration hold", "error", err)
+		return nil
+	}
+	for _, p := range problems {
+		d.log.Error("recovery: the settings have a fault", "fault", p.String())
+	}
+	place := func(fd *int32) {
+		if i := int(*fd) - firstPlace; *fd != state.NoFD && i >= 0 && i < len(fds) {
+			*fd = int32(fds[i])
+		} else {
+			*fd = state.NoFD
+		}
+	}
+	place(&s.PIDFile)
+	for _, server := range []*state.Server{s.Lock, s.Admin} {
+		if server == nil {
+			continue
+		}
+		for i := range server.Services {
+			for j := range server.Services[i].Sockets {
+				place(&server.Services[i].Sockets[j].FD)
+			}
+		}
+	}
+	s.Cell = f.Cell.Index()
+	if s.Lock == nil {
+		s.Lock = r.snapshot.Lock
+	}
+	if s.Admin == nil {
+		s.Admin = r.snapshot.Admin
+	}
+	r.snapshot = s
+	return nil
+}
+
+// owner returns the place of an owner, whose pidfd, or state.NoFD, is the snapshot's from now on.
+func (r *recovery) owner(o state.Owner) int32 {
+	key := ownerKey{o.PID, o.PIDFD == state.NoFD}
+	at, known := r.owners[key]
+	if !known {
+		at = int32(len(r.snapshot.Owners))
+		r.snapshot.Owners = append(r.snapshot.Owners, o)
+		r.owners[key] = at
+		return at
+	}
+	// Of two processes with one number at most one lives: that is the one that others are to join. What the
+	// other one holds goes, whoever it is.
+	is := &r.snapshot.Owners[at]
+	switch {
+	case key.number:
+	case hasEnded(is.PIDFD) && !hasEnded(o.PIDFD):
+		at = int32(len(r.snapshot.Owners))
+		r.snapshot.Owners = append(r.snapshot.Owners, o)
+		r.owners[key] = at
+	case hasEnded(o.PIDFD) && !hasEnded(is.PIDFD):
+		at = int32(len(r.snapshot.Owners))
+		r.snapshot.Owners = append(r.snapshot.Owners, o)
+	default:
+		is.Kind = max(is.Kind, o.Kind)
+		unix.Close(int(o.PIDFD))
+	}
+	return at
+}
+
+// hasEnded tells whether the process of a pidfd has.
+func hasEnded(pidfd int32) bool {
+	fds := []unix.PollFd{{Fd: pidfd, Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 1
+}
+
+// client takes a connection over, or notes that it ends: one whose last request is not answered, as far as can be told, is
+// closed, so that its peer never waits for an answer that does not come.
+func (r *recovery) client(f *vault.Found) error {
+	fds, err := f.Descriptors()
+	if err != nil {
+		return err
+	}
+	c := f.Client.State
+	c.FD, c.Cell = int32(fds[0]), f.Cell.Index()
+	server := r.snapshot.Lock
+	name := lockServer
+	if f.Client.Admin {
+		server, name = r.snapshot.Admin, adminServer
+	}
+	server.NextClientID = max(server.NextClientID, c.ID+1)
+	if f.HasPIDFD() {
+		c.Self = r.owner(state.Owner{Details: c.Owner, Kind: state.Verified, PIDFD: int32(fds[1])})
+	}
+	progress := rpc.ProgressOf(f.Cell.Word().Load())
+	if progress.Replying && unread(fds[0]) {
+		progress.Idle = true // the reply lies in the peer's queue
+		f.Cell.Word().Store(rpc.IdleWord(progress.Request))
+	}
+	if !f.Client.Admin {
+		r.progress[c.ID] = progress
+	}
+	if !progress.Idle {
+		r.dismissed = append(r.dismissed, dismissed{f.Cell, fds[0], c.ID, name})
+		return nil
+	}
+	server.Clients = append(server.Clients, c)
+	return nil
+}
+
+// unread tells whether the peer of a connection has yet to read something that we have sent (SIOCOUTQ).
+func unread(fd int) bool {
+	n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+	return err == nil && n > 0
+}
+
+// hold takes one hold of a resource over.
+func (r *recovery) hold(f *vault.Found) error {
+	fds, err := f.Descriptors()
+	if err != nil {
+		return err
+	}
+	h := f.Hold
+	cell := f.Cell.Index()
+	r.snapshot.Lock.NextClientID = max(r.snapshot.Lock.NextClientID, h.Client+1)
+	if f.HasPIDFD() {
+		h.Owner.PIDFD = int32(fds[0])
+		fds = fds[1:]
+	}
+	key := resourceKey{h.Lockspace, h.Name}
+	res := r.resources[key]
+	if res == nil {
+		path := h.Name
+		if h.Lockspace != "" {
+			path = h.Lockspace + "/" + h.Name
+		}
+		res = &state.Resource{Name: h.Name, Path: path, FD: int32(f.Cell.FD()), Held: true, Flags: h.Flags, File: h.File}
+		if len(fds) > 0 {
+			res.FD = int32(fds[0])
+			fds = fds[1:]
+		}
+		r.resources[key] = res
+	}
+	for _, fd := range fds { // the same open file description again
+		unix.Close(fd)
+	}
+	res.Owners = append(res.Owners, r.owner(h.Owner))
+	res.Cells = append(res.Cells, cell)
+	res.Since = append(res.Since, h.Since)
+
+	word := f.Cell.Word().Load()
+	p, known := r.progress[h.Client]
+	switch worker := vault.Worker(word); {
+	case worker != 0 && len(res.Cells) == 1:
+		r.unsettled = append(r.unsettled, unsettled{key, cell, worker, "a worker process may still work on it"})
+	case word == vault.Releasing:
+		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "it was being released"})
+	case known && p.Request == h.Request && !p.Idle && !p.Replying:
+		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "whoever asked for it was not answered"})
+	}
+	return nil
+}
+
+// complete puts what was found into the snapshot.
+func (r *recovery) complete(spaces map[string]uint32) {
+	s := r.snapshot
+	s.PID, s.Vault = int32(os.Getpid()), int32(r.vault.Root())
+	s.Recoveries++
+	at := map[string]int{}
+	add := func(dir string) int {
+		i, known := at[dir]
+		if !known {
+			i = len(s.Lockspaces)
+			at[dir] = i
+			s.Lockspaces = append(s.Lockspaces, state.Lockspace{Dir: dir, Cell: spaces[dir]})
+		}
+		return i
+	}
+	s.Default, s.Lockspaces = nil, nil
+	for dir := range spaces {
+		add(dir)
+	}
+	for key, res := range r.resources {
+		if key.lockspace == "" {
+			s.Default = append(s.Default, *res)
+		} else {
+			of := &s.Lockspaces[add(key.lockspace)]
+			of.Resources = append(of.Resources, *res)
+		}
+	}
+}
+
+// settle ends what a recovery can't go on with. It is called when everything was taken over, and before anybody is served: no request
+// meets a hold that nobody knows of.
+func (d *daemon) settleRecovery(r *recovery) {
+	for _, c := range r.dismissed {
+		d.log.Warn("recovery: a connection is closed, since its last request may not have been answered", "server", c.server, "client", c.id)
+		r.vault.Release(c.cell)
+		_ = unix.Shutdown(c.fd, unix.SHUT_RDWR)
+		unix.Close(c.fd)
+	}
+	for _, u := range r.unsettled {
+		d.log.Info("recovery: a hold is given up", "lockspace", u.lockspace, "resource", u.name, "reason", u.why)
+		if u.worker != 0 {
+			d.table.ReleaseAfter(u.lockspace, u.name, func() { awaitWorker(u.worker) })
+			continue
+		}
+		if err := d.table.ReleaseStored(u.lockspace, u.name, u.cell); err != nil {
+			d.log.Error("recovery: a hold is not given up", "lockspace", u.lockspace, "resource", u.name, "error", err)
+		}
+	}
+}
+
+// awaitWorker waits until a worker process of an earlier daemon has ended. It ends by itself, but not before its disk answers.
+func awaitWorker(pid int) {
+	for ; ; time.Sleep(workerPoll) {
+		pidfd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			return
+		}
+		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+		if err != nil || string(comm) != workerComm || hasEnded(int32(pidfd)) {
+			unix.Close(pidfd)
+			return
+		}
+		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+		_, _ = unix.Poll(fds, -1)
+		unix.Close(pidfd)
+	}
+}
+
+const (
+	// workerPoll is how long a worker is not asked again after poll(2) was interrupted.
+	workerPoll = 10 * time.Millisecond
+	// workerComm is what the kernel calls a worker process: see package filelock.
+	workerComm = "virtlockd-work\n"
+)
+
+// reportRecovery tells those who look at us that this process has taken over from one that has died.
+func (d *daemon) reportRecovery(locks, clients int) {
+	d.events.Add(events.Event{
+		Kind: events.Recovered,
+		Text: fmt.Sprintf("%d locks and %d clients of a daemon that had ended", locks, clients),
+	})
+}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"virtlockd/internal/state"
+	"virtlockd/internal/systemd"
+	"virtlockd/internal/vault"
+)
+
+const (
+	// vaultName is what the root of the vault is called in the descriptor store.
+	vaultName = "virtlockd-vault"
+	// probeName is that of the descriptor that shows whether the store is one.
+	probeName = "virtlockd-probe"
+	// storeTime bounds the wait for the store. systemd is slow while it boots a host.
+	storeTime = 5 * time.Second
+	// keptPID stands for the process id in the settings that are stored: they are read by another process.
+	keptPID = 1
+)
+
+// safety keeps everything that matters alive beyond this process: the vault, and who keeps that.
+type safety struct {
+	store systemd.Notifier
+	vault *vault.Vault // nil: there is none
+
+	mu   sync.Mutex
+	why  error       // why there is none
+	cell *vault.Cell // with the daemon's own settings
+}
+
+// errNoStore says that nobody would keep the vault.
+var errNoStore = errors.New("nobody keeps locks beyond this process: it is run neither by systemd with FileDescriptorStoreMax= in the unit, nor by a keeper (--keeper)")
+
+// makeSafe sees to it that the vault outlives this process, and makes one if there is none yet. Nobody is served before, so that
+// no answer is given that a crash could take back.
+func (d *daemon) makeSafe() {
+	v, err := d.openVault()
+	d.safety.mu.Lock()
+	d.safety.vault, d.safety.why = v, err
+	d.safety.mu.Unlock()
+	if err != nil {
+		d.log.Warn("locks are lost if this daemon crashes or is restarted", "reason", err)
+		return
+	}
+	d.table.SetVault(v)
+	for _, s := range d.servers() {
+		s.SetVault(v)
+	}
+}
+
+// openVault returns the vault after its root was given to the store.
+func (d *daemon) openVault() (v *vault.Vault, err error) {
+	if d.safety.store == (systemd.Notifier{}) {
+		return nil, errNoStore
+	}
+	if err := d.safety.store.ProbeStore(probeName, storeTime); err != nil {
+		return nil, err
+	}
+	if v = d.safety.vault; v == nil {
+		if v, err = vault.New(); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				v.GiveUp()
+			}
+		}()
+	}
+	// The store ignores what it has already.
+	if err := d.safety.store.Store(vaultName, v.Root()); err != nil {
+		return nil, err
+	}
+	return v, d.safety.store.Barrier(storeTime)
+}
+
+// storeEverything stores what was taken over from a daemon without vault. Connections are stored at once; the servers are
+// frozen. Locks follow while everybody is served.
+func (d *daemon) storeEverything() {
+	if d.safety.vault == nil {
+		return
+	}
+	for _, s := range d.servers() {
+		s.KeepAll()
+	}
+	d.storeSettings()
+	go d.table.StoreAll()
+}
+
+// storeSettings stores the daemon's own settings, at the start and whenever they have changed.
+func (d *daemon) storeSettings() {
+	d.safety.mu.Lock()
+	defer d.safety.mu.Unlock()
+	v := d.safety.vault
+	if v == nil {
+		return
+	}
+	s, fds := d.ownState()
+	data, err := state.Encode(s, state.Ours)
+	if err == nil {
+		d.safety.cell, err = v.StoreDaemon(d.safety.cell, &vault.Daemon{State: data, FDs: fds})
+	}
+	if err != nil {
+		d.log.Error("settings made at run time are not safe from a crash of this daemon", "error", err)
+	}
+}
+
+// firstPlace is the descriptor in stored settings that stands for the first one that lies beside them.
+const firstPlace = 3
+
+// ownState returns the daemon's own settings as a snapshot, whose descriptors are places among fds.
+func (d *daemon) ownState() (s *state.Snapshot, fds []int) {
+	place := func(fd int) int32 {
+		fds = append(fds, fd)
+		return int32(firstPlace + len(fds) - 1)
+	}
+	s = d.settings()
+	s.PID = keptPID
+	if d.pidFile != nil {
+		s.PIDFile = place(d.pidFile.FD())
+	}
+	s.Lock, s.Admin = d.lock.Snapshot(d.unlinksSocket), d.admin.Snapshot(d.unlinksSocket)
+	for _, server := range []*state.Server{s.Lock, s.Admin} {
+		server.Services = nil // systemd passes its own again
+	}
+	for _, own := range []struct {
+		*state.Server
+		*socket
+	}{{s.Lock, d.sockets.lock}, {s.Admin, d.sockets.admin}} {
+		if own.socket != nil && own.socket.bound {
+			own.Services = []state.Service{{MaxRequests: 1, Sockets: []state.Socket{{FD: place(own.socket.fd), Unlink: true}}}}
+		}
+	}
+	return s, fds
+}
+
+// leaveVault gives the vault up, because the binary that comes next knows nothing of it: the C daemon releases a lock by
+// closing its descriptor, which a copy in the vault would keep for ever. Everything is frozen.
+func (d *daemon) leaveVault() error {
+	v := d.safety.vault
+	if v == nil {
+		return nil
+	}
+	if err := d.table.LeaveVault(); err != nil {
+		return fmt.Errorf("locks cannot be taken out of the vault: %w", err)
+	}
+	for _, s := range d.servers() {
+		s.LeaveVault()
+	}
+	// Else it would be passed to the C daemon at its next start, which does not know it and ends.
+	err := d.safety.store.Remove(vaultName)
+	if err == nil {
+		err = d.safety.store.Barrier(storeTime)
+	}
+	d.safety.mu.Lock()
+	d.safety.vault, d.safety.cell = nil, nil
+	d.safety.mu.Unlock()
+	v.GiveUp()
+	if err != nil {
+		return fmt.Errorf("the descriptor store still has the vault: %w", err)
+	}
+	return nil
+}
+
+// returnToVault makes a new one, when the binary that was to come next has not come.
+func (d *daemon) returnToVault() {
+	d.makeSafe()
+	d.storeEverything()
+}
+
+// safe tells whether locks outlive a crash, why not, and how many holds do.
+func (d *daemon) safe() (on bool, why string, holds int) {
+	d.safety.mu.Lock()
+	v, err := d.safety.vault, d.safety.why
+	d.safety.mu.Unlock()
+	switch {
+	case v != nil:
+		return true, "", d.table.Stored()
+	case err != nil:
+		return false, err.Error(), 0
+	}
+	return false, errNoStore.Error(), 0
+}
+
+// storeNotifier returns where descriptors can be stored. A service that the C daemon began, which systemd had started without
+// NOTIFY_SOCKET, finds systemd's own address, if it is in a service's control group.
+func storeNotifier(n systemd.Notifier, p paths) systemd.Notifier {
+	if n != (systemd.Notifier{}) {
+		return n
+	}
+	dir := "/run"
+	if !p.system {
+		dir = os.Getenv("XDG_RUNTIME_DIR")
+	}
+	address := dir + "/systemd/notify"
+	if _, err := os.Stat(address); err != nil || systemd.Unit() == "" {
+		return n
+	}
+	return systemd.NotifierAt(address)
+}
+
+// vaultRoot takes the root of the vault out of the descriptors that were passed, -1 if it is not among them.
+func vaultRoot(passed []systemd.Descriptor) (root int, others []systemd.Descriptor) {
+	root = -1
+	others = slices.DeleteFunc(passed, func(p systemd.Descriptor) bool {
+		if p.Name == vaultName {
+			root = p.FD
+		}
+		return p.Name == vaultName || p.Name == probeName
+	})
+	return root, others
+}
