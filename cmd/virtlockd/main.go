@@ -8,11 +8,15 @@ import (
 
 	"virtlockd/internal/daemon"
 	"virtlockd/internal/filelock"
+	"virtlockd/internal/keeper"
 )
 
 func main() {
 	if filelock.IsWorker() {
 		filelock.WorkerMain()
+	}
+	if keeper.IsKeeper() {
+		keeper.Main()
 	}
 	os.Exit(daemon.Main(os.Args))
 }

@@ -30,8 +30,11 @@ func (n Notifier) For(pidfd int) Notifier {
 // NewNotifier takes the receiver's address from the environment variable NOTIFY_SOCKET. It stays in
 // the environment: a re-exec of this process needs it again.
 func NewNotifier() Notifier {
-	return Notifier{address: os.Getenv("NOTIFY_SOCKET")}
+	return NotifierAt(os.Getenv("NOTIFY_SOCKET"))
 }
+
+// NotifierAt sends to this address, as NOTIFY_SOCKET has it; "": to nobody.
+func NotifierAt(address string) Notifier { return Notifier{address: address} }
 
 // Send sends one message, for example "READY=1", with descriptors if there are any. It does nothing
 // if nobody asked for it.
