@@ -27,6 +27,7 @@ import (
 	"virtlockd/internal/conf"
 	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
+	"virtlockd/internal/keeper"
 	"virtlockd/internal/lockproto"
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/logging"
@@ -83,6 +84,7 @@ const (
 // code.
 func Main(args []string) int {
 	settle()
+	link := keeper.Kept()
 	stage, waiting := detachStage()
 	if stage == goBetween {
 		return mediate(args, waiting)
@@ -106,8 +108,9 @@ func Main(args []string) int {
 	if p.err == nil && !errors.Is(err, errHelp) && !errors.Is(err, errVersion) {
 		left = findLegacy(p)
 	}
+	kept := left.served || vaultPassed()
 	switch {
-	case left.served: // it was detached before, and its command line was good enough
+	case kept: // it was detached before, and its command line was good enough
 	case errors.Is(err, errHelp):
 		printUsage(os.Stderr, name, p)
 		return exitOK
@@ -118,7 +121,7 @@ func Main(args []string) int {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
 		printUsage(os.Stderr, name, p)
 		return exitUsage
-	case err == nil && o.detach && stage == 0:
+	case err == nil && o.detach && stage == 0 && link == nil:
 		signals.release() // who waits can be interrupted
 		if err := detach(os.Args); err != nil {
 			fmt.Fprintf(os.Stderr, "%s: error: %v\n", name, err)
@@ -126,12 +129,20 @@ func Main(args []string) int {
 		}
 		return exitOK
 	}
+	var noKeeper error
+	if err == nil && link == nil && o.wantsKeeper() && !kept {
+		noKeeper = keeper.Run(keeperConfig(waiting)) // this process becomes it
+	}
+	if link != nil && link.Report >= 0 {
+		waiting = &reporter{link.Report}
+	}
 
 	d := &daemon{
 		name: name, options: o, paths: p, signals: signals, waiting: waiting,
 		notify: systemd.NewNotifier(), asked: make(chan struct{}, 1),
 		left: left, startTime: time.Now().UnixNano(),
 	}
+	d.safety.link, d.safety.why = link, noKeeper
 	return d.main(err)
 }
 
@@ -181,6 +192,7 @@ type daemon struct {
 	upgrades  uint64    // how many have handed over
 	// recoveries is how many processes have taken over from one that had died.
 	recoveries uint64
+	leaves     bool // the process ends and leaves everything to the next one
 	// configured are the log settings as the command line and the configuration have them; the admin protocol
 	// changes others.
 	configured atomic.Pointer[logging.Settings]
@@ -203,6 +215,7 @@ type daemon struct {
 	admin        *rpc.Server
 	idle         *idler
 	asked        chan struct{} // the admin protocol wants the daemon to end
+	preserve     atomic.Bool   // and that everything outlives it
 }
 
 // main runs from after the command line, whose fault (or nil) is given, to the end.
@@ -214,9 +227,12 @@ func (d *daemon) main(fault error) int {
 		return exitCode(err)
 	}
 	code, ended := d.serve()
-	if ended {
+	switch {
+	case d.leaves:
+		d.closeLogs() // all else is the next process's
+	case ended:
 		d.clean()
-	} else {
+	default:
 		// What still runs can't be waited for and may use everything but these; it ends with the
 		// process, and so do its locks.
 		d.removePIDFile()
@@ -276,6 +292,7 @@ func (d *daemon) start(fault error) (err error) {
 		d.left = legacy{snapshot: d.found.snapshot, served: true, inherited: opened(d.found.snapshot)}
 	}
 	d.safety.store = storeNotifier(d.notify, d.paths)
+	d.meetKeeper()
 	resume := d.left.snapshot
 	if d.startDir, err = os.Getwd(); err != nil {
 		err = fmt.Errorf("the working directory can't be told: %w", err)
@@ -410,6 +427,7 @@ func (d *daemon) start(fault error) (err error) {
 		if d.strays {
 			d.dismissStrays(d.left.inherited)
 		}
+		undo(d.forsake)
 		d.storeSettings()
 		d.left, d.found = legacy{}, nil // they can be large
 		undo(d.unlinkSockets)
@@ -424,6 +442,7 @@ func (d *daemon) start(fault error) (err error) {
 	}
 	undo(d.unlinkSockets)
 	d.makeSafe()
+	undo(d.forsake)
 	d.storeSettings()
 	if d.sockets.lock == nil {
 		d.log.Warn("socket activation passed no lock socket: guests can't be locked; enable " + lockUnit)
@@ -522,9 +541,11 @@ func (d *daemon) reload() {
 }
 
 // shutdown is what the admin protocol's call of that name asks for. Unlike a signal it doesn't give up
-// locks. To preserve them makes no difference: a lock can't outlive the process, so none may be held.
-func (d *daemon) shutdown(bool) (begin func(), err error) {
-	if n := d.table.Retire(); n > 0 {
+// locks. To preserve them is possible where they outlive the process: systemd starts the next one at once.
+func (d *daemon) shutdown(preserve bool) (begin func(), err error) {
+	if preserve && d.safety.link == nil && d.keepsVault() {
+		d.preserve.Store(true)
+	} else if n := d.table.Retire(); n > 0 {
 		return nil, &adminproto.LocksHeldError{Locks: n}
 	}
 	return func() {
@@ -648,18 +669,19 @@ func (d *daemon) serve() (code int, ended bool) {
 		}
 	}()
 
-	if err := d.notify.Send("READY=1"); err != nil {
-		d.log.Warn("systemd was not told that we are ready", "error", err)
-	}
+	d.tellSystemd("READY=1")
 	// A small heap that is collected a little more often; GOGC and GOMEMLIMIT don't count.
 	debug.SetGCPercent(50)
 	d.waiting.report(exitOK, "")
 
+	d.watchKeeper()
+	signalled := false
 	upgrade := d.signals.upgrade // nil while one is being prepared; the next one waits
 	prepared := make(chan *successor, 1)
 	for {
 		select {
 		case s := <-d.signals.stop:
+			signalled = true
 			d.log.Info("the daemon ends, as a signal asks for", "signal", s.String())
 		case <-d.asked:
 			d.log.Info("the daemon ends, as an administrator asks for")
@@ -684,6 +706,9 @@ func (d *daemon) serve() (code int, ended bool) {
 		}
 		break
 	}
+	if (signalled || d.preserve.Load()) && d.leave() {
+		return code, false
+	}
 	cancel()
 	idle.Wait() // it looks at the sockets, which are closed now
 	if !d.stop() {
@@ -697,9 +722,7 @@ func (d *daemon) serve() (code int, ended bool) {
 func (d *daemon) stop() bool {
 	limit := time.NewTimer(stopTime)
 	defer limit.Stop()
-	if err := d.notify.Send("STOPPING=1"); err != nil {
-		d.log.Warn("systemd was not told that we stop", "error", err)
-	}
+	d.tellSystemd("STOPPING=1")
 	d.owners.Close()
 	d.unlinkSockets()
 	clients := make(chan struct{})

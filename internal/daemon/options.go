@@ -22,6 +22,7 @@ type options struct {
 	timeout time.Duration // 0: none
 	config  *string       // nil: the default file, which need not exist
 	pidFile *string       // nil: the default one; "": none
+	keeper  *bool         // whether a keeper is wanted; nil: with detach
 	ignored []string      // operands, which mean nothing
 }
 
@@ -35,16 +36,28 @@ var (
 //
 // Errors: errHelp, errVersion, *cmdline.UsageError, or another one for a value that makes no sense.
 func parseOptions(args []string) (o options, err error) {
+	yes, no := true, false
 	o.ignored, err = cmdline.Parse([]cmdline.Option{
 		{Short: 'v', Long: "verbose", Do: func(string) error { o.verbose = true; return nil }},
 		{Short: 'd', Long: "daemon", Do: func(string) error { o.detach = true; return nil }},
 		{Short: 'f', Long: "config", Arg: true, Do: func(s string) error { o.config = &s; return nil }},
 		{Short: 't', Long: "timeout", Arg: true, Do: func(s string) (err error) { o.timeout, err = parseTimeout(s); return err }},
 		{Short: 'p', Long: "pid-file", Arg: true, Do: func(s string) error { o.pidFile = &s; return nil }},
+		{Long: "keeper", Do: func(string) error { o.keeper = &yes; return nil }},
+		{Long: "no-keeper", Do: func(string) error { o.keeper = &no; return nil }},
 		{Short: 'V', Long: "version", Do: func(string) error { return errVersion }},
 		{Short: 'h', Long: "help", Do: func(string) error { return errHelp }},
 	}, args)
 	return o, err
+}
+
+// wantsKeeper tells whether a process of ours is to keep the locks while the daemon is being replaced: in the background, where
+// nobody else would start it again, unless told otherwise.
+func (o *options) wantsKeeper() bool {
+	if o.keeper != nil {
+		return *o.keeper
+	}
+	return o.detach
 }
 
 // parseTimeout takes a whole number of seconds that fits a C int. Blanks around it, a '+' and leading
@@ -75,6 +88,9 @@ Options:
   -f | --config <file>   Read this configuration file.
   -V | --version         Show the versions.
   -p | --pid-file <file> Write this PID file; an empty name means none.
+       --keeper          Have a second process that keeps all locks if this one
+                         dies, and starts it again. On by default with --daemon.
+       --no-keeper       Have none.
 
 libvirt lock management daemon:
 

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
+	"virtlockd/internal/keeper"
 	"virtlockd/internal/state"
 	"virtlockd/internal/systemd"
 	"virtlockd/internal/vault"
@@ -30,6 +32,7 @@ const (
 type safety struct {
 	store systemd.Notifier
 	vault *vault.Vault // nil: there is none
+	link  *keeper.Link // to our keeper; nil: there is none
 
 	mu   sync.Mutex
 	why  error       // why there is none
@@ -58,6 +61,11 @@ func (d *daemon) makeSafe() {
 
 // openVault returns the vault after its root was given to the store.
 func (d *daemon) openVault() (v *vault.Vault, err error) {
+	if d.safety.link == nil && d.options.wantsKeeper() {
+		if err := d.startKeeper(); err != nil {
+			return nil, err
+		}
+	}
 	if d.safety.store == (systemd.Notifier{}) {
 		return nil, errNoStore
 	}
@@ -187,6 +195,64 @@ func (d *daemon) safe() (on bool, why string, holds int) {
 		return false, err.Error(), 0
 	}
 	return false, errNoStore.Error(), 0
+}
+
+// keepsVault tells whether there is a vault.
+func (d *daemon) keepsVault() bool {
+	d.safety.mu.Lock()
+	defer d.safety.mu.Unlock()
+	return d.safety.vault != nil
+}
+
+// forsake makes whoever keeps the vault let go of it, because the daemon ends for good.
+func (d *daemon) forsake() {
+	if !d.keepsVault() {
+		return
+	}
+	if err := d.safety.store.Remove(vaultName); err != nil {
+		d.log.Warn("the vault stays in the descriptor store", "error", err)
+	}
+}
+
+// askTimeout bounds how long systemd may take to say why we are to end.
+const askEndTime = 3 * time.Second
+
+// leave prepares the end of a process that the next one takes over from, and tells whether it is that: the service is started again, or
+// descriptors outlive its stop. Only a job to stop the unit ends locks; in doubt they stay.
+func (d *daemon) leave() bool {
+	if !d.keepsVault() || d.safety.link != nil {
+		return false
+	}
+	why := "an administrator wants them preserved"
+	if !d.preserve.Load() {
+		unit := systemd.Unit()
+		end, err := systemd.AskEnd(unit, !d.paths.system, askEndTime)
+		switch {
+		case err != nil:
+			why = "systemd does not say whether the service is to stop: " + err.Error()
+		case end.Job == "stop" && !end.Preserved:
+			return false
+		case end.Job == "stop":
+			why = "the unit preserves them (FileDescriptorStorePreserve=yes)"
+		case end.Job == "":
+			why = "the service is not to stop, so it is started again"
+		default:
+			why = "the service is to " + end.Job
+		}
+	}
+	d.log.Info("locks, leases and connections are left to the next process, in systemd's descriptor store", "holds", d.table.Stored(), "reason", why)
+	d.tellSystemd("STOPPING=1")
+	deadline := time.Now().Add(patience)
+	for _, s := range d.servers() {
+		s.Freeze(deadline) // what is being answered is answered
+	}
+	d.leaves = true
+	return true
+}
+
+// vaultPassed tells whether the process was started with what one before it has left.
+func vaultPassed() bool {
+	return systemd.Passed(os.Getpid()) && slices.Contains(strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), vaultName)
 }
 
 // storeNotifier returns where descriptors can be stored. A service that the C daemon began, which systemd had started without

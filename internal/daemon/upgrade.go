@@ -189,8 +189,11 @@ func (d *daemon) flushLogs(limit time.Duration) error {
 }
 
 func (d *daemon) tellSystemd(what string) {
-	if err := d.notify.Send(what); err != nil {
-		d.log.Warn("systemd was not told of the live upgrade", "error", err)
+	d.safety.mu.Lock()
+	n := d.notify // another one after the death of a keeper
+	d.safety.mu.Unlock()
+	if err := n.Send(what); err != nil {
+		d.log.Warn("systemd was not told of the daemon's state", "state", what, "error", err)
 	}
 }
 

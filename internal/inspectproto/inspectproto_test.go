@@ -48,7 +48,7 @@ func newFixture(t testing.TB) *fixture {
 	f := &fixture{TB: t, dir: t.TempDir()}
 	f.owners = owner.NewRegistry(owner.Config{Poller: p, Logger: log, Died: table.ReleaseOwner})
 	f.cfg = Config{
-		Table: table, Files: files, Events: happened, Checker: verify.New(table), Safe: func() (bool, string, int) { return false, "", 0 }, Logger: log,
+		Table: table, Files: files, Events: happened, Checker: verify.New(table), Safe: func() (bool, string, int) { return false, "no keeper", 0 }, Logger: log,
 		Servers: func() []*rpc.Server { return nil },
 		Life:    func() Life { return Life{Started: time.Unix(1, 0), Serving: time.Unix(2, 0), Upgrades: 3} },
 		Dropped: func() uint64 { return 4 },

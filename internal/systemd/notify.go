@@ -101,6 +101,3 @@ func ready(fd int, events int16, timeout time.Duration) (bool, error) {
 		return n > 0, nil
 	}
 }
-
-// NotifierAt returns a Notifier for the address of a receiver that did not tell it in the environment.
-func NotifierAt(address string) Notifier { return Notifier{address: address} }

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/keeper"
+)
+
+// adoptTime bounds the start of a keeper by a daemon that has lost its own.
+const adoptTime = 10 * time.Second
+
+// keeperConfig says how a keeper starts the daemon: as this process was started.
+func keeperConfig(waiting *reporter) keeper.Config {
+	c := keeper.Config{Args: os.Args, Dir: "/", Report: -1}
+	if dir, err := os.Getwd(); err == nil {
+		c.Dir = dir
+	}
+	if waiting != nil {
+		c.Report = waiting.fd
+	}
+	return c
+}
+
+// meetKeeper tells of the keeper that started us, and why it did.
+func (d *daemon) meetKeeper() {
+	l := d.safety.link
+	if l == nil {
+		if err := d.safety.why; err != nil {
+			d.log.Error("there is no keeper", "error", err)
+		}
+		return
+	}
+	d.notify = l.Notifier()
+	d.safety.store = d.notify
+	if l.Died != "" {
+		d.log.Warn("the keeper has started the daemon again", "keeper", l.PID, "ended", l.Died)
+	}
+}
+
+// startKeeper starts one for a daemon that has none, and makes it the place where descriptors are stored.
+func (d *daemon) startKeeper() error {
+	c := keeperConfig(nil)
+	c.Dir = d.startDir
+	l, err := keeper.Adopt(c, adoptTime)
+	if err != nil {
+		return fmt.Errorf("start a keeper: %w", err)
+	}
+	d.safety.mu.Lock()
+	d.safety.link, d.safety.store = l, l.Notifier()
+	d.notify = l.Notifier()
+	d.safety.mu.Unlock()
+	return nil
+}
+
+// errKeeperEnded says what there is instead of a keeper.
+var errKeeperEnded = errors.New("the keeper has ended, and no other one could be started")
+
+// watchKeeper starts another keeper when the one that we have ends, as long as the daemon lives.
+func (d *daemon) watchKeeper() {
+	l := d.safety.link
+	if l == nil {
+		return
+	}
+	go func() {
+		for {
+			awaitEnd(l.PIDFD)
+			d.log.Error("the keeper has ended; until there is another one a crash of this daemon would lose all locks", "keeper", l.PID)
+			l.Close()
+			if err := d.changeKeeper(); err != nil {
+				d.log.Error("locks are lost if this daemon crashes", "error", err)
+				d.safety.mu.Lock()
+				d.safety.why = errors.Join(errKeeperEnded, err)
+				d.safety.link = nil
+				d.safety.mu.Unlock()
+				return
+			}
+			l = d.safety.link
+			d.log.Info("another keeper has everything", "keeper", l.PID)
+		}
+	}()
+}
+
+// changeKeeper gives the vault to a new keeper.
+func (d *daemon) changeKeeper() error {
+	if err := d.startKeeper(); err != nil {
+		return err
+	}
+	if !d.keepsVault() {
+		return nil
+	}
+	if err := d.safety.store.Store(vaultName, d.safety.vault.Root()); err != nil {
+		return err
+	}
+	return d.safety.store.Barrier(storeTime)
+}
+
+// awaitEnd waits until the process of a pidfd has ended; -1: it has.
+func awaitEnd(pidfd int) {
+	for pidfd >= 0 {
+		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, -1); err != unix.EINTR {
+			return
+		}
+	}
+}
