@@ -115,9 +115,9 @@ func (d *decoder) expect(keys []string, next int) []byte {
 	return rest[1 : n+1]
 }
 
-// room is for how many clients or resources to make room: about as many as the rest of the file can be. To grow step by
-// step takes twice the memory, and what new memory costs is its use, not its size.
-func (d *decoder) room() int { return (len(d.data)-d.pos)/256 + 1 }
+// room is for how many clients or resources to make room: hardly more fit into the rest of the file. To grow step by
+// step is to touch twice the memory, and new memory costs nothing until it is touched.
+func (d *decoder) room() int { return (len(d.data)-d.pos)/128 + 1 }
 
 // array reads an array, calling f for each element.
 func (d *decoder) array(f func(i int)) {
