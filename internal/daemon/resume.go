@@ -135,11 +135,11 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	d.reapStrays()
 	strays := d.adoptVault(s)
 	owners := d.adoptOwners(s)
-	heirs := d.inheritLocks(s)
+	take, heirs := d.inheritLocks(s)
 	// Independent of each other, and everybody waits for the slower one.
 	var locks, clients int
 	var both sync.WaitGroup
-	both.Go(func() { locks = d.adoptLocks(heirs, owners) })
+	both.Go(func() { locks = d.adoptLocks(take, heirs, owners) })
 	both.Go(func() { clients = d.adoptClients(s, owners) })
 	both.Wait()
 	for i, o := range owners {
@@ -273,8 +273,9 @@ type heir struct {
 	err   error
 }
 
-// inheritLocks takes over the locks whose descriptors are what the snapshot says.
-func (d *daemon) inheritLocks(s *state.Snapshot) []heir {
+// inheritLocks takes over those of our own locks whose descriptors are what the snapshot says. What the C daemon has left is
+// more than a question to the kernel, and one after the other.
+func (d *daemon) inheritLocks(s *state.Snapshot) (*filelock.Takeover, []heir) {
 	heirs := make([]heir, 0, countLocks(s))
 	add := func(dir string, rs []state.Resource, cell uint32) {
 		if err := d.table.Restore(dir, len(rs), cell); err != nil {
@@ -290,7 +291,6 @@ func (d *daemon) inheritLocks(s *state.Snapshot) []heir {
 		add(s.Lockspaces[i].Dir, s.Lockspaces[i].Resources, s.Lockspaces[i].Cell)
 	}
 
-	// The kernel is asked about each of ours. What the C daemon has left is more than a question, and one after the other.
 	take := d.files.Takeover(len(heirs))
 	var parts sync.WaitGroup
 	for part := range slices.Chunk(heirs, len(heirs)/runtime.GOMAXPROCS(0)+1) {
@@ -304,6 +304,11 @@ func (d *daemon) inheritLocks(s *state.Snapshot) []heir {
 		})
 	}
 	parts.Wait()
+	return take, heirs
+}
+
+// adoptLocks takes over the other locks and enters all into the table. Those that could not be inherited are taken anew.
+func (d *daemon) adoptLocks(take *filelock.Takeover, heirs []heir, owners []*owner.Owner) (n int) {
 	for i := range heirs {
 		if h := &heirs[i]; h.lock != nil {
 			if err := take.Rejoin(h.lock); err != nil {
@@ -319,11 +324,6 @@ func (d *daemon) inheritLocks(s *state.Snapshot) []heir {
 			d.left.inherited.taken(int(heirs[i].res.FD))
 		}
 	}
-	return heirs
-}
-
-// adoptLocks enters all locks into the table. Those that could not be inherited are taken anew.
-func (d *daemon) adoptLocks(heirs []heir, owners []*owner.Owner) (n int) {
 	// Not before all others are converted: to open a file and close it again drops a POSIX lock that
 	// this process has on it under another name.
 	for i := range heirs {
