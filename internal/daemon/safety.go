@@ -3,8 +3,10 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -50,7 +52,11 @@ func (d *daemon) makeSafe() {
 	d.safety.vault, d.safety.why = v, err
 	d.safety.mu.Unlock()
 	if err != nil {
-		d.log.Warn("locks are lost if this daemon crashes or is restarted", "reason", err)
+		level := slog.LevelWarn
+		if errors.Is(err, errNoStore) {
+			level = slog.LevelInfo // nobody has asked for more
+		}
+		d.log.Log(context.Background(), level, "locks are lost if this daemon crashes or is restarted", "reason", err)
 		return
 	}
 	d.table.SetVault(v)
