@@ -12,6 +12,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -161,6 +162,9 @@ func settle() {
 	// A thread waits for each call on a local disk that does not answer. The run-time's own limit, 10,000,
 	// ends the process; what bounds them here is max_clients.
 	debug.SetMaxThreads(math.MaxInt32)
+	// Not the number of the machine's. Whoever sits in a system call keeps one: a goroutine or two that wait
+	// for events, and the one that watches them. With none to spare the run-time takes them back all the time.
+	runtime.GOMAXPROCS(4)
 	raiseFileLimit()
 }
 

@@ -3,10 +3,19 @@
 // Package poll is the one epoll set of the daemon: it calls a handler when a
 // descriptor becomes ready.
 //
-// The goroutines of a [Poller] take turns as leader and followers: whoever gets
-// an event first makes sure that another goroutine waits for the next one, and
-// then calls the handler itself. So no hand-over to another goroutine is on the
-// way of a request, and a handler that blocks delays nobody.
+// The goroutine that gets an event calls the handler itself, so no hand-over to
+// another one is on the way of a request. Mostly there is only one: if a second
+// one waited beside it, the kernel would wake that for the next event, which is
+// a thread switch for nothing. But a handler may block, and that must delay
+// nobody. So another goroutine is made to wait for events
+//
+//   - when a handler says that it is about to wait: [Poller.Waiting];
+//   - when for a millisecond or two nobody has waited for events and no handler
+//     was called: they hang. A watcher sees that; it sleeps while nothing happens;
+//   - for a while after that before each handler is called, for where one has
+//     hung others will;
+//   - when events come faster than they are worked off, and there are processors
+//     for more.
 //
 // The kernel is given a slot and its generation, never a descriptor or a
 // pointer. An event that was on its way while its descriptor was removed finds
@@ -21,8 +30,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -55,8 +66,16 @@ type Poller struct {
 	epfd   int
 	wakefd int // eventfd, readable once the poller is stopped; level-triggered, so it wakes every waiter
 
-	waiting atomic.Int32   // goroutines in epoll_wait, or on their way to it
 	loops   sync.WaitGroup // all goroutines
+	workers atomic.Int32   // those that wait for events or call handlers
+	waiting atomic.Int32   // those in epoll_wait, or on their way to it
+	handled atomic.Uint32  // events for which a handler was called
+
+	ticks   atomic.Int64 // the watcher's clock; it stands still while it rests
+	wary    atomic.Int64 // until then handlers are expected to hang
+	crowded atomic.Int64 // until then more than one may wait for events
+	resting atomic.Bool  // the watcher sleeps until it gets wake
+	wake    chan struct{}
 
 	// Of a set that was inherited. Until it runs, what is registered is mostly in it already.
 	inherited bool
@@ -70,7 +89,8 @@ type Poller struct {
 	stopped bool
 	err     error // why epoll_wait failed
 
-	done chan struct{} // closed when the last goroutine has ended
+	stopping chan struct{} // closed when stopped is set
+	done     chan struct{} // closed when the last goroutine has ended
 
 	// life keeps epfd from being closed, and its number from being given to
 	// something else, while epoll_ctl uses it. epoll_ctl does not block.
@@ -78,17 +98,29 @@ type Poller struct {
 	closed bool
 }
 
-const (
-	// slotWake is the slot of wakefd.
-	slotWake = 0
+// slotWake is the slot of wakefd.
+const slotWake = 0
 
-	// idle is how many goroutines may wait; one above it ends. With one the
-	// second event of two at once would wait for a goroutine to be made. With
-	// more than two they hold so many of the runtime's processors in a system
-	// call that its monitor thread has to take them back all the time: a fifth
-	// of the daemon's CPU time, measured.
-	idle = 2
+// tick is how often the watcher looks.
+const tick = time.Millisecond
+
+// In ticks.
+const (
+	restAfter = 10 // without events the watcher sleeps
+	waryFor   = 50 // after handlers have hung
+	crowdFor  = 20 // after events have had to wait
+	slice     = 6  // see loop
 )
+
+// sample is how many events a goroutine works off until it looks again whether
+// others have to wait for it.
+const sample = 16
+
+// most is how many goroutines may wait for events at a time.
+const most = 2
+
+// maxCrowd is how many goroutines there may be because there are many events.
+var maxCrowd = int32(min(runtime.NumCPU(), 4))
 
 // New returns a poller that does not wait for events yet: see Run.
 func New() (*Poller, error) {
@@ -115,10 +147,12 @@ func on(epfd int) (*Poller, error) {
 		return nil, fmt.Errorf("poll: %w", os.NewSyscallError("epoll_ctl", err))
 	}
 	return &Poller{
-		epfd:   epfd,
-		wakefd: wakefd,
-		slots:  make([]slot, 1, 64), // slot 0 is slotWake
-		done:   make(chan struct{}),
+		epfd:     epfd,
+		wakefd:   wakefd,
+		slots:    make([]slot, 1, 64), // slot 0 is slotWake
+		wake:     make(chan struct{}, 1),
+		stopping: make(chan struct{}),
+		done:     make(chan struct{}),
 	}, nil
 }
 
@@ -258,16 +292,13 @@ func (p *Poller) Run(ctx context.Context) error {
 	}
 	p.running = true
 	p.resuming.Store(false)
-	// Counted under the mutex: Close waits for them.
-	p.waiting.Store(idle)
-	p.loops.Add(idle)
+	// Begun under the mutex: Close waits for them.
+	p.another()
+	p.loops.Go(p.watch)
 	p.mu.Unlock()
 
 	stopWatching := context.AfterFunc(ctx, p.stop)
 	defer stopWatching()
-	for range idle {
-		go p.loop()
-	}
 	p.loops.Wait()
 	close(p.done)
 
@@ -304,17 +335,37 @@ func (p *Poller) stop() {
 		return
 	}
 	p.stopped = true
+	close(p.stopping)
 	// Writing to an eventfd fails only at 2^64-1.
 	_, _ = unix.Write(p.wakefd, binary.NativeEndian.AppendUint64(nil, 1))
 }
 
-// loop waits for one event at a time. It is counted in waiting and loops by
-// whoever starts it.
+// Waiting says that the calling goroutine, which may be in a handler, is about
+// to wait for something that may take long. Everybody else is served meanwhile in
+// any case, but with this none of them waits until the watcher sees the need.
+func (p *Poller) Waiting() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.running && !p.stopped && p.waiting.Load() == 0 {
+		p.another()
+	}
+}
+
+// another makes one more goroutine wait for events. The caller is one itself, or
+// holds mu, and the poller is not stopped: loops can't be waited for meanwhile.
+func (p *Poller) another() {
+	p.waiting.Add(1)
+	p.workers.Add(1)
+	p.loops.Go(p.loop)
+}
+
+// loop waits for one event at a time.
 func (p *Poller) loop() {
-	defer p.loops.Done()
+	defer p.workers.Add(-1)
 	// One event per call: a second one would wait for the first one's handler.
 	events := make([]unix.EpollEvent, 1)
-	for {
+	begin := p.ticks.Load()
+	for i := 0; ; i++ {
 		n, err := unix.EpollWait(p.epfd, events, -1)
 		if err == unix.EINTR || (err == nil && n == 0) {
 			continue
@@ -332,15 +383,103 @@ func (p *Poller) loop() {
 			continue
 		}
 
-		if p.waiting.Add(-1) == 0 {
-			p.waiting.Add(1)
-			p.loops.Add(1)
-			go p.loop()
+		p.handled.Add(1)
+		if p.waiting.Add(-1) == 0 && (p.before(&p.wary) || i%sample == 0 && p.crowd()) {
+			p.another()
+		}
+		if p.resting.Load() && p.resting.CompareAndSwap(true, false) {
+			p.wake <- struct{}{}
 		}
 		h.Ready(ev.Events)
 		if !p.waitAgain() {
 			return
 		}
+		// A goroutine that has had its processor of the run-time for 10 ms loses
+		// it when it is found in a system call, and once that has happened, the
+		// run-time looks for more every 20 us: a tenth of our time, measured. To
+		// begin a new time slice before costs little.
+		if now := p.ticks.Load(); now-begin >= slice {
+			runtime.Gosched()
+			begin = now
+		}
+	}
+}
+
+// before tells whether the watcher's clock has not reached t yet.
+func (p *Poller) before(t *atomic.Int64) bool { return p.ticks.Load() < t.Load() }
+
+// crowd tells whether one more goroutine is worth it: events are waiting while
+// nobody waits for them.
+func (p *Poller) crowd() bool {
+	if p.workers.Load() >= maxCrowd {
+		return false
+	}
+	ready := []unix.PollFd{{Fd: int32(p.epfd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(ready, 0); err != nil || n == 0 {
+		return false
+	}
+	p.crowded.Store(p.ticks.Load() + crowdFor)
+	return true
+}
+
+// waitAgain counts this goroutine as waiting, unless enough others wait.
+func (p *Poller) waitAgain() bool {
+	enough := int32(1)
+	if p.before(&p.wary) || p.before(&p.crowded) {
+		enough = most
+	}
+	for {
+		n := p.waiting.Load()
+		if n >= enough {
+			return false
+		}
+		if p.waiting.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// watch sees to it that somebody waits for events when all handlers hang.
+func (p *Poller) watch() {
+	pause := unix.NsecToTimespec(tick.Nanoseconds())
+	handled, quiet := p.handled.Load(), 0
+	for {
+		// No timer: that would cost the run-time several thread switches.
+		_ = unix.Nanosleep(&pause, nil)
+		select {
+		case <-p.stopping:
+			return
+		default:
+		}
+		if p.ticks.Add(1)%slice == 0 {
+			runtime.Gosched() // see loop
+		}
+		switch now := p.handled.Load(); {
+		case now != handled:
+			handled, quiet = now, 0
+		case p.waiting.Load() == 0:
+			p.wary.Store(p.ticks.Load() + waryFor)
+			p.Waiting()
+		case quiet < restAfter:
+			quiet++
+		default:
+			p.rest(handled)
+		}
+	}
+}
+
+// rest returns when there has been another event than those counted, or the
+// poller is stopped.
+func (p *Poller) rest(handled uint32) {
+	p.resting.Store(true)
+	// Whoever has counted his event before this has not seen that we rest.
+	if p.handled.Load() != handled && p.resting.CompareAndSwap(true, false) {
+		return
+	}
+	select {
+	case <-p.wake:
+		p.ticks.Add(slice) // the run-time has taken the processors back long ago
+	case <-p.stopping:
 	}
 }
 
@@ -353,19 +492,6 @@ func (p *Poller) lookup(slot, gen int32) Handler {
 		return p.slots[slot].h
 	}
 	return nil // also what an inherited set has of descriptors that nobody has taken over
-}
-
-// waitAgain counts this goroutine as waiting, unless enough others wait.
-func (p *Poller) waitAgain() bool {
-	for {
-		n := p.waiting.Load()
-		if n >= idle {
-			return false
-		}
-		if p.waiting.CompareAndSwap(n, n+1) {
-			return true
-		}
-	}
 }
 
 // fail stops the poller because of err.

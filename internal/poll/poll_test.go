@@ -219,13 +219,114 @@ func TestBlocked(t *testing.T) {
 	close(release)
 	returned.Wait()
 	for range 1000 {
-		if n := p.waiting.Load(); n > idle {
-			t.Fatalf("%d goroutines wait, want at most %d", n, idle)
+		if n := p.waiting.Load(); n > most {
+			t.Fatalf("%d goroutines wait, want at most %d", n, most)
 		}
 		runtime.Gosched()
 	}
 	raise(t, fd)
 	await(t, quick, "a handler after the rush")
+}
+
+// stuck registers a handler that hangs until the test ends, and returns when it is called.
+func stuck(t *testing.T, p *Poller) {
+	t.Helper()
+	entered, release := make(chan struct{}), make(chan struct{})
+	t.Cleanup(func() { close(release) })
+	if _, err := p.Add(eventfd(t, 1), unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) {
+		close(entered)
+		<-release
+	})); err != nil {
+		t.Fatal(err)
+	}
+	await(t, entered, "the handler that hangs")
+}
+
+// echo registers a handler that answers each event of the descriptor at once.
+func echo(t *testing.T, p *Poller) (fd int, answer <-chan uint32) {
+	t.Helper()
+	ch := make(chan uint32, 1)
+	fd = eventfd(t, 0)
+	if _, err := p.Add(fd, unix.EPOLLIN|unix.EPOLLET, handler(func(e uint32) { ch <- e })); err != nil {
+		t.Fatal(err)
+	}
+	return fd, ch
+}
+
+// TestHang: a handler that hangs without having said that it waits delays others
+// once, and for two ticks; those that hang soon after it delay nobody.
+func TestHang(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	fd, answer := echo(t, p)
+	stuck(t, p)
+	begin := time.Now()
+	raise(t, fd)
+	await(t, answer, "an event beside a handler that hangs")
+	if took := time.Since(begin); took > time.Second {
+		t.Errorf("it took %s", took)
+	}
+	for range 20 {
+		if !p.before(&p.wary) {
+			t.Skip("this machine is too slow")
+		}
+		stuck(t, p)
+		if p.waiting.Load() == 0 {
+			t.Fatal("a handler is called while nobody waits for the next event")
+		}
+		raise(t, fd)
+		await(t, answer, "an event beside handlers that hang")
+	}
+}
+
+// TestWaiting: when a handler has said that it waits, somebody waits for events.
+func TestWaiting(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	fd, answer := echo(t, p)
+	release, waiting := make(chan struct{}), make(chan int32)
+	if _, err := p.Add(eventfd(t, 1), unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) {
+		p.Waiting()
+		p.Waiting()
+		waiting <- p.waiting.Load()
+		<-release
+	})); err != nil {
+		t.Fatal(err)
+	}
+	if n := await(t, waiting, "the handler"); n != 1 {
+		t.Errorf("%d goroutines wait for events, want 1", n)
+	}
+	raise(t, fd)
+	await(t, answer, "an event beside a handler that waits")
+	close(release)
+	p.Close()
+	p.Waiting() // harmless
+}
+
+// TestRest: the watcher sleeps while nothing happens, also beside a handler that
+// hangs, and not while something does.
+func TestRest(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	fd, answer := echo(t, p)
+	stuck(t, p)
+	for range 3 {
+		for end := time.Now().Add(patience); !p.resting.Load(); time.Sleep(tick) {
+			if time.Now().After(end) {
+				t.Fatal("the watcher does not sleep")
+			}
+		}
+		ticks := p.ticks.Load()
+		time.Sleep(5 * tick)
+		if now := p.ticks.Load(); now != ticks {
+			t.Errorf("%d ticks while nothing happened", now-ticks)
+		}
+		raise(t, fd)
+		await(t, answer, "an event")
+		stuck(t, p)
+		raise(t, fd)
+		await(t, answer, "an event after the rest")
+	}
 }
 
 // TestEveryEvent: with many descriptors and goroutines each event is delivered
