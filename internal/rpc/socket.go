@@ -15,8 +15,8 @@ type receiver struct {
 	vec unix.Iovec
 }
 
-// recv reads what there is into p, which is not empty. It does not block. n is 0
-// at the end of the stream.
+// recv reads what there is into p, which is not empty. It does not block, so the
+// scheduler need not know (a raw system call). n is 0 at the end of the stream.
 //
 // No room is given for control data, so the kernel drops descriptors that the
 // peer has attached instead of installing them in our table, and reports that by
@@ -29,7 +29,7 @@ func (r *receiver) recv(fd int, p []byte) (n int, attached bool, errno unix.Errn
 	r.hdr = unix.Msghdr{Iov: &r.vec}
 	r.hdr.SetIovlen(1)
 	for {
-		r1, _, e := unix.Syscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&r.hdr)), unix.MSG_DONTWAIT)
+		r1, _, e := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&r.hdr)), unix.MSG_DONTWAIT)
 		switch e {
 		case 0:
 			return int(r1), r.hdr.Flags&unix.MSG_CTRUNC != 0, 0
@@ -40,11 +40,11 @@ func (r *receiver) recv(fd int, p []byte) (n int, attached bool, errno unix.Errn
 	}
 }
 
-// send writes as much of p, which is not empty, as the socket takes. It does not
-// block, and raises no SIGPIPE.
+// send writes as much of p, which is not empty, as the socket takes. Like recv it
+// does not block. It raises no SIGPIPE.
 func send(fd int, p []byte) (n int, errno unix.Errno) {
 	for {
-		r1, _, e := unix.Syscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)),
+		r1, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)),
 			unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
 		switch e {
 		case 0:
