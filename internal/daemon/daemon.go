@@ -363,7 +363,7 @@ func (d *daemon) start(fault error) (err error) {
 		return err
 	}
 	undo(d.poller.Close)
-	if d.files, err = filelock.New(filelock.Config{Logger: d.category("util.lockspace")}); err != nil {
+	if d.files, err = filelock.New(filelock.Config{Logger: d.category("util.lockspace"), Waiting: d.poller.Waiting}); err != nil {
 		return err
 	}
 	undo(func() { d.files.Close() })
@@ -374,6 +374,7 @@ func (d *daemon) start(fault error) (err error) {
 		Logger:  d.category("util.lockspace"),
 		Events:  d.events,
 		Changed: d.idle.changed,
+		Waiting: d.poller.Waiting,
 	})
 	d.owners = owner.NewRegistry(owner.Config{
 		Poller: d.poller,

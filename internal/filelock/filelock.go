@@ -100,6 +100,8 @@ type Config struct {
 	Logger *slog.Logger // default: none
 	Self   string       // executable of the workers, default /proc/self/exe
 	Dir    string       // what relative paths are relative to, default the working directory at New
+	// Waiting is called when the calling goroutine is about to wait for a worker. Default: none.
+	Waiting func()
 
 	// MaxWorkersPerMount bounds the workers that are busy on one mount (or one
 	// block device), default 32. MaxWorkers bounds all, default 512.

@@ -20,6 +20,7 @@ import (
 type Files struct {
 	log     *slog.Logger
 	dir     string
+	waiting func()
 	mounts  *mountTable
 	openat2 bool // the kernel (5.6) can refuse symbolic links; else everything goes to workers
 	posix   posixTable
@@ -41,9 +42,12 @@ type op struct {
 
 // New makes a Files. It starts no worker before one is needed.
 func New(cfg Config) (*Files, error) {
-	f := &Files{log: cfg.Logger, dir: cfg.Dir, warned: map[string]bool{}}
+	f := &Files{log: cfg.Logger, dir: cfg.Dir, waiting: cfg.Waiting, warned: map[string]bool{}}
 	f.calls.prev, f.calls.next = &f.calls, &f.calls
 	f.ops.New = func() any { return new(op) }
+	if f.waiting == nil {
+		f.waiting = func() {}
+	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
 	}

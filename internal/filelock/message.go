@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -153,4 +154,16 @@ func passedFDs(oob []byte) []int {
 		return nil
 	}
 	return fds
+}
+
+// awaitMessage waits until there is a message, or the other end is gone, but no
+// longer than limit.
+func awaitMessage(socket int, limit time.Duration) {
+	fds := []unix.PollFd{{Fd: int32(socket), Events: unix.POLLIN}}
+	for end := time.Now().Add(limit); ; {
+		left := max(0, time.Until(end))
+		if _, err := unix.Poll(fds, int(left.Milliseconds())); err != unix.EINTR {
+			return
+		}
+	}
 }

@@ -18,6 +18,9 @@ import (
 // maxIdle is how many workers may wait for work; the others end at once.
 const maxIdle = 8
 
+// startTime is how long a new worker may keep others from being started.
+const startTime = 100 * time.Millisecond
+
 // pool starts workers, lends each to one call at a time, and ends them.
 //
 // A call needs a place on its mount first, then a worker. The places on a
@@ -33,6 +36,7 @@ type pool struct {
 	hungAfter time.Duration
 	idleAfter time.Duration
 	stop      chan struct{} // closed by close
+	starting  sync.Mutex    // held while a worker starts: it takes a processor some milliseconds, which others wait for
 	mu        sync.Mutex
 	closed    bool
 	places    int       // taken, over all mounts
@@ -120,6 +124,7 @@ func (p *pool) call(o *op, mount string, w *worker, r request) (reply, error) {
 }
 
 func (p *pool) try(o *op, mount string, w *worker, r request) (reply, error) {
+	p.files.waiting()
 	p.files.working(o, mount, 0)
 	if err := p.takePlace(mount, r.op == workRelease); err != nil {
 		return reply{}, err
@@ -302,15 +307,14 @@ func (p *pool) freePlace(mount string) {
 
 // get returns a worker for one call: an idle one or a new one.
 func (p *pool) get() (*worker, error) {
-	p.mu.Lock()
-	if n := len(p.idle); n > 0 && !p.closed {
-		w := p.idle[n-1]
-		p.idle = p.idle[:n-1]
-		p.busy[w] = true
-		p.mu.Unlock()
-		return w, nil
+	if w, err := p.takeIdle(); w != nil || err != nil {
+		return w, err
 	}
-	p.mu.Unlock()
+	p.starting.Lock()
+	defer p.starting.Unlock()
+	if w, err := p.takeIdle(); w != nil || err != nil {
+		return w, err // things have changed while others were started
+	}
 	w, err := p.start()
 	if err != nil {
 		return nil, err
@@ -323,6 +327,25 @@ func (p *pool) get() (*worker, error) {
 		p.end(w)
 		return nil, ErrClosed
 	}
+	// Until it has said that it is ready; one that is long about it is waited for by its call alone.
+	awaitMessage(w.control, startTime)
+	return w, nil
+}
+
+// takeIdle returns a worker that was idle, or nil.
+func (p *pool) takeIdle() (*worker, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, ErrClosed
+	}
+	n := len(p.idle)
+	if n == 0 {
+		return nil, nil
+	}
+	w := p.idle[n-1]
+	p.idle = p.idle[:n-1]
+	p.busy[w] = true
 	return w, nil
 }
 

@@ -49,6 +49,8 @@ type Config struct {
 	Events *events.Log // nil: nobody wants to know
 	// Changed is called after the number of resources held has become zero, or ceased to be.
 	Changed func()
+	// Waiting is called when the calling goroutine is about to wait for another request's end. Default: none.
+	Waiting func()
 }
 
 // phase of a resource. One that is not in the table is free.
@@ -252,6 +254,9 @@ func (t *Table) settle(r *resource, c Client) error {
 	settled := r.settled
 	t.mu.Unlock()
 	defer t.mu.Lock()
+	if t.cfg.Waiting != nil {
+		t.cfg.Waiting()
+	}
 	select {
 	case <-settled:
 		return nil
