@@ -69,15 +69,18 @@ type group struct {
 var groups = []group{
 	{"pairs", (*bench).pairs},
 	{"clients", (*bench).manyClients},
+	{"safety", (*bench).safety},
 	{"connect", (*bench).connect},
 	{"idle", (*bench).idleClients},
 	{"held", (*bench).heldLocks},
 	{"memory", (*bench).memory},
 	{"start", (*bench).startUp},
 	{"upgrade", (*bench).upgrade},
+	{"kill", (*bench).recovery},
 	{"storm", (*bench).storm},
 	{"hang", (*bench).hangs},
 	{"death", (*bench).deaths},
+	{"list", (*bench).listing},
 }
 
 func (b *bench) main(only, jsonFile, svgFile string) error {

@@ -409,6 +409,7 @@ func (d *daemon) start(fault error) (err error) {
 		Logs:       d.logs,
 		Guards:     d.locks.Guards,
 		SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
+		Changed:    d.storeSettings,
 		Shutdown:   d.shutdown,
 		LibVersion: version,
 		Logger:     d.category("admin"),
@@ -537,6 +538,7 @@ func (d *daemon) reload() {
 		d.log.Error("SIGHUP: the configuration is not usable, the settings in force stay as they are", "error", err)
 	} else {
 		d.setLimits(settings)
+		d.storeSettings()
 	}
 	if again := d.logs.Reopen(); again != nil {
 		d.log.Error("SIGHUP: a log file can't be opened anew", "error", again)

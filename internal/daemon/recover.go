@@ -23,6 +23,7 @@ type recovery struct {
 	snapshot *state.Snapshot
 
 	owners    map[ownerKey]int32 // places in the snapshot
+	ended     map[int32]bool     // of those places, whose process had ended when it was first seen
 	resources map[resourceKey]*state.Resource
 	progress  map[uint64]rpc.Progress // of the lock server's clients, by their id
 	unsettled []unsettled
@@ -68,7 +69,7 @@ func (d *daemon) recoverVault(root int) (*recovery, error) {
 		return nil, err
 	}
 	r := &recovery{
-		vault: v, owners: map[ownerKey]int32{}, resources: map[resourceKey]*state.Resource{}, progress: map[uint64]rpc.Progress{},
+		vault: v, owners: map[ownerKey]int32{}, ended: map[int32]bool{}, resources: map[resourceKey]*state.Resource{}, progress: map[uint64]rpc.Progress{},
 		snapshot: &state.Snapshot{
 			PIDFile: state.NoFD,
 			Lock:    &state.Server{KeepaliveInterval: ^uint32(0)},
@@ -161,26 +162,27 @@ func (d *daemon) recoverSettings(r *recovery, f *vault.Found) error {
 // owner returns the place of an owner, whose pidfd, or state.NoFD, is the snapshot's from now on.
 func (r *recovery) owner(o state.Owner) int32 {
 	key := ownerKey{o.PID, o.PIDFD == state.NoFD}
-	at, known := r.owners[key]
-	if !known {
-		at = int32(len(r.snapshot.Owners))
+	ended := !key.number && hasEnded(o.PIDFD)
+	add := func() int32 {
+		at := int32(len(r.snapshot.Owners))
 		r.snapshot.Owners = append(r.snapshot.Owners, o)
-		r.owners[key] = at
+		r.ended[at] = ended
 		return at
 	}
-	// Of two processes with one number at most one lives: that is the one that others are to join. What the
-	// other one holds goes, whoever it is.
-	is := &r.snapshot.Owners[at]
+	at, known := r.owners[key]
 	switch {
-	case key.number:
-	case hasEnded(is.PIDFD) && !hasEnded(o.PIDFD):
-		at = int32(len(r.snapshot.Owners))
-		r.snapshot.Owners = append(r.snapshot.Owners, o)
+	case !known:
+		at = add()
 		r.owners[key] = at
-	case hasEnded(o.PIDFD) && !hasEnded(is.PIDFD):
-		at = int32(len(r.snapshot.Owners))
-		r.snapshot.Owners = append(r.snapshot.Owners, o)
+	case key.number:
+	case r.ended[at] && !ended:
+		// Of two processes with one number at most one lives: that is the one that others are to join.
+		at = add()
+		r.owners[key] = at
+	case !r.ended[at] && ended:
+		at = add()
 	default:
+		is := &r.snapshot.Owners[at]
 		is.Kind = max(is.Kind, o.Kind)
 		unix.Close(int(o.PIDFD))
 	}

@@ -61,15 +61,17 @@ func (l *Lock) storeRemote(cell *vault.Cell, record []byte, fds []int) error {
 	return err
 }
 
-// Forget takes one of several holds out of its cell. other is the cell of another hold, nil if that was not stored.
-func (l *Lock) Forget(cell, other *vault.Cell) {
+// Forget takes one of several holds out of its cell, and tells whether the cell is empty now. other is the cell of another hold,
+// nil if that was not stored: if the file lies nowhere else, it stays where it is.
+func (l *Lock) Forget(cell, other *vault.Cell) bool {
 	if l.mount != "" && !l.private && int(l.fd) == cell.FD() {
 		if other == nil {
-			return // the file lies nowhere else
+			return false
 		}
 		l.fd = int32(other.FD())
 	}
 	cell.Drop()
+	return true
 }
 
 // LiesIn says that the file of a remote lock lies in this cell, that of a hold.

@@ -65,6 +65,7 @@ func (p *reader) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, 
 	switch proc {
 	case inspect.ProcReadOnly:
 		c.SetReadOnly()
+		c.Changed()
 		return out, nil
 	case inspect.ProcStatus:
 		return inspect.Append(out, p.status())

@@ -590,8 +590,10 @@ func (t *Table) release(r *resource) {
 		lease = r.space.path(r.name)
 	}
 	err := r.lock.Release(lease, r.cell)
-	t.empty(r.cell)
-	r.cell = nil
+	if r.cell != nil {
+		t.vault.Load().Return(r.cell)
+		r.cell = nil
+	}
 	if err != nil {
 		t.cfg.Logger.Warn("the resource was released, but its lease file could not be removed",
 			"path", lease, "error", err)

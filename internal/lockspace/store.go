@@ -53,18 +53,16 @@ func (t *Table) unstore(r *resource, cell *vault.Cell) {
 	case len(r.holders) == 0 && r.cell == nil:
 		r.cell = cell
 	case len(r.holders) == 0:
-		r.lock.Forget(cell, r.cell)
-		t.empty(cell)
+		t.dropCell(r, cell, r.cell)
 	default:
-		r.lock.Forget(cell, r.holders[0].cell)
-		t.empty(cell)
+		t.dropCell(r, cell, r.holders[0].cell)
 	}
 }
 
-// empty gives a cell back, which may be nil.
-func (t *Table) empty(cell *vault.Cell) {
-	if cell != nil {
-		t.vault.Load().Release(cell)
+// dropCell takes one of several holds out of its cell and gives that back.
+func (t *Table) dropCell(r *resource, cell, other *vault.Cell) {
+	if r.lock.Forget(cell, other) {
+		t.vault.Load().Return(cell)
 	}
 }
 

@@ -145,6 +145,14 @@ func (c *Cell) peekAt(at, n int) ([]int, error) {
 	if err := c.peekFrom(at); err != nil {
 		return nil, err
 	}
+	return c.first(n)
+}
+
+// first is Peek for a cell in which MSG_PEEK was never told to look further than the first message.
+func (c *Cell) first(n int) ([]int, error) {
+	if n == 0 {
+		return nil, nil
+	}
 	var b [1]byte
 	// No room for more than n: the kernel installs what there is room for.
 	oob := make([]byte, unix.CmsgLen(4*n))

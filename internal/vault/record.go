@@ -205,6 +205,7 @@ func (c *Client) record(b []byte) []byte {
 	b = xdr.AppendInt64(b, s.Uptime)
 	b = xdr.AppendBool(b, s.Registered)
 	b = xdr.AppendBool(b, s.Restricted)
+	b = xdr.AppendBool(b, s.ReadOnly)
 	return seal(appendOwner(b, &s.Owner, state.Verified))
 }
 
@@ -217,6 +218,7 @@ func decodeClient(d *xdr.Decoder) (c Client, err error) {
 	s.Uptime = d.Int64()
 	s.Registered = d.Bool()
 	s.Restricted = d.Bool()
+	s.ReadOnly = d.Bool()
 	s.Owner, _ = decodeOwner(d)
 	s.FD, s.MaxRequests, s.Self = state.NoFD, 1, state.None
 	return c, d.Err()

@@ -30,6 +30,7 @@ func Open(root int) (_ *Vault, err error) {
 	if err != nil {
 		return nil, err
 	}
+	reserve(v.root.FD(), len(messages)*maxBatch*perCell)
 	at := 0
 	for _, m := range messages {
 		if err := v.openBatch(m, at); err != nil {
@@ -46,6 +47,22 @@ func Open(root int) (_ *Vault, err error) {
 		}
 	}
 	return v, nil
+}
+
+// perCell is how many descriptors a cell and what lies in it take.
+const perCell = 3
+
+// reserve makes the table of descriptors large enough for n of them in one step. Each time that the kernel makes it larger, which
+// is by two, all threads' readers have to be waited for (synchronize_rcu in the kernel's fs/file.c): ten milliseconds or more.
+func reserve(fd, n int) {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil || limit.Cur == 0 {
+		return
+	}
+	last, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, int(min(uint64(n), limit.Cur-1)))
+	if err == nil { // else it grows as it is needed
+		unix.Close(last)
+	}
 }
 
 // openBatch opens what a message in the root has, which begins so many bytes behind the first one.
@@ -110,6 +127,14 @@ func (v *Vault) contents(of func(*Cell) bool) ([]Found, error) {
 	for _, c := range slices.Backward(v.cells) {
 		if c == nil || !of(c) {
 			continue
+		}
+		// A hold's record is never replaced: it is the only one. That is nearly all there is.
+		if n, _, errno := receive(c.FD(), buf, nil, unix.MSG_PEEK); errno == 0 {
+			if f := decode(buf[:n]); f.Hold != nil {
+				f.Cell = c
+				all = append(all, f)
+				continue
+			}
 		}
 		messages, err := c.messages(buf)
 		if err != nil {
@@ -178,7 +203,11 @@ func (f *Found) Descriptors() ([]int, error) {
 	if f.Hold != nil && f.Hold.File.Remote {
 		n--
 	}
-	fds, err := f.Cell.Peek(n)
+	look := f.Cell.Peek
+	if f.Hold != nil {
+		look = f.Cell.first
+	}
+	fds, err := look(n)
 	if err != nil {
 		return nil, fmt.Errorf("cell %d of the vault: %w", f.Cell.index, err)
 	}

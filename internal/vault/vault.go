@@ -220,6 +220,11 @@ func (v *Vault) Replace(c *Cell, record []byte, fds ...int) error {
 // Release empties a cell and takes it back.
 func (v *Vault) Release(c *Cell) {
 	c.Empty()
+	v.Return(c)
+}
+
+// Return takes back a cell that is empty.
+func (v *Vault) Return(c *Cell) {
 	c.word.Store(0)
 	v.mu.Lock()
 	v.free = append(v.free, c)

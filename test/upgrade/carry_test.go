@@ -222,7 +222,7 @@ func TestCarriesCommandLine(t *testing.T) {
 	h := host.New(t)
 	h.WriteFile(host.Cwd+"/conf/own.conf", "log_level = 2\nlog_outputs = \"2:file:/tmp/own.log\"\nmax_clients = 55\n", 0o644)
 	d := h.Start(host.Ours(t), host.Options{
-		Args: []string{"-d", "-f", "conf/own.conf", "-p", "own.pid", "--timeout", "3600", "x"}, NoConfig: true,
+		Args: []string{"-d", "--no-keeper", "-f", "conf/own.conf", "-p", "own.pid", "--timeout", "3600", "x"}, NoConfig: true,
 		Env: []string{"ODD=a b\nc", "GODEBUG=x=y", "LISTEN_FDNAMES=z"}, Argv0: "bin/daemon",
 	})
 	if code := d.Wait(); code != 0 {

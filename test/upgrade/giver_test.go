@@ -304,7 +304,7 @@ func TestFaultyStateDetached(t *testing.T) {
 	for _, damage := range []string{"nothing", "magic", "broken JSON", "others may write"} {
 		t.Run(damage, func(t *testing.T) {
 			t.Parallel()
-			g := receive(t, damage, "-d")
+			g := receive(t, damage, "-d", "--no-keeper")
 			for i := range 3 {
 				if g.Free(giverLock(i), true) {
 					t.Errorf("lock %d is free in the kernel", i)

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/test/host"
+)
+
+// kept starts our daemon with a keeper, which is the process that the subject's daemon stands for.
+func (b *bench) kept(s *scope, pinned bool) *subject {
+	t := b.startOn(host.New(s), s, ours, pinned, host.Options{Args: []string{"--keeper"}})
+	// In order: each of the two would start the other again.
+	s.Cleanup(func() { t.d.Stop() })
+	t.addGuest()
+	return t
+}
+
+// daemon returns the process that the keeper has started.
+func (t *subject) daemon() int {
+	var pids []int
+	if !host.Eventually(func() bool { pids = children(t.d.PID()); return len(pids) == 1 }) {
+		t.s.Fatalf("the keeper has the children %v", pids)
+	}
+	return pids[0]
+}
+
+// safety is what it costs that a crash loses nothing.
+func (b *bench) safety(s *scope) {
+	b.results.section("with crash safety (a keeper), one client, daemon and client on one processor")
+	base, safe := b.start(s, ours, true), b.kept(s, true)
+	subjects := map[kind]*subject{ours: safe, bare: b.start(s, bare, true)}
+	if b.c != "" {
+		subjects[cOne] = b.start(s, cOne, true)
+	}
+	for _, p := range b.places() {
+		row := b.results.row(p.name+", p50", seconds, both(atMostC(0.8), atMostBase(1.3)))
+		workers := map[kind]*client{}
+		for k, t := range subjects {
+			workers[k] = b.workers(t, p.place, 1)[0]
+		}
+		without := b.workers(base, p.place, 1)[0]
+		median := func(c *client) float64 {
+			all, err := repeat(b.cpu, b.span(), c.pair)
+			s.must(err)
+			return all.quantile(0.5)
+		}
+		b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
+			if k == ours {
+				row.Base = append(row.Base, median(without))
+			}
+			return []float64{median(workers[k])}
+		}, row)
+	}
+}
+
+// recovery: from kill -9 to the first reply on a connection that was there before, and memory.
+func (b *bench) recovery(s *scope) {
+	b.results.section("kill -9")
+	row := b.results.row("5000 locks, 1000 clients: start of the next process to the first reply", seconds, atMost(150e-3))
+	whole := b.results.row("the same from the kill on", seconds, goal{})
+	keeper := b.results.row("private memory of the keeper", bytesUnit, atMost(1.5*(1<<20)))
+	daemon := b.results.row("PSS of the daemon beside it, at rest", bytesUnit, atMost(6<<20))
+	for range b.pick(1, 5) {
+		s.part(func(s *scope) {
+			t := b.kept(s, false)
+			b.rest()
+			u, err := memoryOf(t.d.PID())
+			s.must(err)
+			keeper.add(ours, u.private)
+			u, err = memoryOf(t.daemon())
+			s.must(err)
+			daemon.add(ours, u.pss)
+			t.lock(5000)
+			t.connect(1000)
+			c := t.client()
+			request := owner(t.guest.PID())
+			s.must(c.call(request))
+			time.Sleep(200 * time.Millisecond) // so that the keeper starts it again at once
+			before := t.daemon()
+			started := make(chan int64, 1)
+			begin := clock()
+			s.must(unix.Kill(before, unix.SIGKILL))
+			go func() {
+				for {
+					if now := children(t.d.PID()); len(now) == 1 && now[0] != before {
+						started <- clock()
+						return
+					}
+				}
+			}()
+			s.must(c.call(request))
+			end := clock()
+			row.add(ours, float64(end-<-started)/1e9)
+			whole.add(ours, float64(end-begin)/1e9)
+		})
+	}
+}
+
+// listing: somebody looks at 10,000 locks while others lock.
+func (b *bench) listing(s *scope) {
+	const locks = 10000
+	tool := filepath.Join(filepath.Dir(b.ours), "virtlockctl")
+	if _, err := os.Stat(tool); err != nil {
+		fmt.Fprintf(os.Stderr, "bench: no tool: %v\n", err)
+		return
+	}
+	b.results.section("while virtlockctl lists the locks")
+	row := b.results.row(fmt.Sprintf("pair beside %d locks, p99", locks), seconds, atMostBase(1.2))
+	t := b.start(s, ours, false)
+	t.lock(locks)
+	c := b.workers(t, place{}, 1)[0]
+	const span = time.Second
+	for range b.pick(3, 9) {
+		all, err := repeat(-1, span, c.pair)
+		s.must(err)
+		row.Base = append(row.Base, all.quantile(0.99))
+		cmd := exec.Command(tool, "list")
+		t.h.Must(cmd.Start)
+		all, err = repeat(-1, span, c.pair)
+		s.must(err)
+		s.must(cmd.Wait())
+		row.add(ours, all.quantile(0.99))
+	}
+}
