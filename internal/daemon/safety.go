@@ -251,6 +251,7 @@ func (d *daemon) leave() bool {
 	deadline := time.Now().Add(patience)
 	for _, s := range d.servers() {
 		s.Freeze(deadline) // what is being answered is answered
+		s.KeepAll()        // those that have not asked for anything yet
 	}
 	d.leaves = true
 	return true

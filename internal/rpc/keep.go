@@ -82,9 +82,12 @@ func (c *Client) keep() {
 	}
 }
 
-// KeepAll stores the connections that are not stored yet. The server is frozen, and no client is running.
+// KeepAll stores the connections that are not stored yet, but for those whose request is being executed. The server is frozen.
 func (s *Server) KeepAll() {
 	for _, c := range s.Clients() {
+		if c.state.Load()&stateActive != 0 {
+			continue
+		}
 		c.keep()
 		if len(c.in) == 0 && len(c.out) == 0 {
 			c.phase(c.request, phaseIdle)
