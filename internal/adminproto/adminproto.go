@@ -162,6 +162,8 @@ type Config struct {
 	// daemon holds has to outlive it. Without preserve it is refused while locks are held
 	// (*LocksHeldError).
 	Shutdown func(preserve bool) (begin func(), err error)
+	// Changed is called when settings were changed, before the administrator is answered. nil: nobody cares.
+	Changed func()
 	// LibVersion is the version of libvirt that we stand in for: 1,000,000 * major + 1,000 *
 	// minor + release.
 	LibVersion uint64
@@ -261,9 +263,17 @@ func administrator(c *rpc.Client) slog.Attr {
 	return slog.Group("administrator", slog.Int("pid", int(c.PID())), slog.Uint64("client", c.ID()))
 }
 
-// changed logs what an administrator did.
-func (p *Program) changed(c *rpc.Client, what string, attrs ...slog.Attr) {
+// did logs what an administrator did.
+func (p *Program) did(c *rpc.Client, what string, attrs ...slog.Attr) {
 	p.cfg.Logger.LogAttrs(context.Background(), slog.LevelInfo, what, append(attrs, administrator(c))...)
+}
+
+// changed is did for settings. p.mu is not held.
+func (p *Program) changed(c *rpc.Client, what string, attrs ...slog.Attr) {
+	p.did(c, what, attrs...)
+	if p.cfg.Changed != nil {
+		p.cfg.Changed()
+	}
 }
 
 // Undo implements rpc.Program. What an administrator has changed stays so, whether or not he heard

@@ -188,7 +188,7 @@ func (p *Program) closeClient(c *rpc.Client, a *args, out []byte) ([]byte, error
 	if guest := p.cfg.Guards(a.client); guest != nil {
 		return out, guardedError(a.id, guest)
 	}
-	p.changed(c, "a client is disconnected", slog.String("server", a.server.Name()),
+	p.did(c, "a client is disconnected", slog.String("server", a.server.Name()),
 		slog.Uint64("client", a.id), slog.Int("pid", int(a.client.PID())))
 	a.client.Close()
 	return out, nil
@@ -216,9 +216,20 @@ func (p *Program) setLimits(c *rpc.Client, a *args, out []byte) ([]byte, error) 
 	if err != nil {
 		return out, err
 	}
+	l, err := p.mergeLimits(a.server, v)
+	if err != nil {
+		return out, err
+	}
+	p.changed(c, "the limits of a server were set", slog.String("server", a.server.Name()),
+		slog.Uint64(maxClients, uint64(l.MaxClients)), slog.Uint64(maxUnauth, uint64(l.MaxUnauth)))
+	return out, nil
+}
+
+// mergeLimits sets those limits that are given.
+func (p *Program) mergeLimits(s *rpc.Server, v map[string]uint32) (rpc.Limits, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	l := a.server.Limits()
+	l := s.Limits()
 	if n, set := v[maxClients]; set {
 		l.MaxClients = n
 	}
@@ -226,12 +237,10 @@ func (p *Program) setLimits(c *rpc.Client, a *args, out []byte) ([]byte, error) 
 		l.MaxUnauth = n
 	}
 	if l.MaxClients < l.MaxUnauth {
-		return out, errUnauthAboveMax
+		return l, errUnauthAboveMax
 	}
-	a.server.SetLimits(l)
-	p.changed(c, "the limits of a server were set", slog.String("server", a.server.Name()),
-		slog.Uint64(maxClients, uint64(l.MaxClients)), slog.Uint64(maxUnauth, uint64(l.MaxUnauth)))
-	return out, nil
+	s.SetLimits(l)
+	return l, nil
 }
 
 func (p *Program) outputs(_ *rpc.Client, _ *args, out []byte) ([]byte, error) {

@@ -411,6 +411,7 @@ func (d *daemon) start(fault error) (err error) {
 		SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
 		Changed:    d.storeSettings,
 		Shutdown:   d.shutdown,
+		Changed:    d.storeSettings,
 		LibVersion: version,
 		Logger:     d.category("admin"),
 	})
@@ -466,6 +467,12 @@ func (d *daemon) loadConfig() (conf.Settings, logging.Settings, error) {
 	if err != nil {
 		return conf.Settings{}, logging.Settings{}, fmt.Errorf("Can't load config file: %w", err) //lint:ignore ST1005 the C daemon's text
 	}
+	log, err := d.resolveLogs(settings)
+	return settings, log, err
+}
+
+// resolveLogs returns what the environment and the command line make of the configured log settings.
+func (d *daemon) resolveLogs(settings conf.Settings) (logging.Settings, error) {
 	_, ttyErr := unix.IoctlGetTermios(0, unix.TCGETS)
 	log, err := logging.Resolve(logging.EnvFrom(os.Getenv), settings, d.options.verbose, logging.Mode{
 		Daemon:   d.options.detach,
@@ -475,9 +482,9 @@ func (d *daemon) loadConfig() (conf.Settings, logging.Settings, error) {
 		Dir:      d.startDir,
 	})
 	if err != nil {
-		return conf.Settings{}, logging.Settings{}, sourced(err)
+		return logging.Settings{}, sourced(err)
 	}
-	return settings, log, nil
+	return log, nil
 }
 
 // sourced puts the place of a wrong log setting before what is wrong with it.
@@ -515,6 +522,12 @@ func (d *daemon) configure() (conf.Settings, error) {
 	}
 	settings, log, err := d.loadConfig()
 	if err != nil {
+		if d.left.served { // it goes on without, and says so where its log usually is
+			settings = conf.Defaults()
+			if log, again := d.resolveLogs(settings); again == nil {
+				_ = d.apply(settings, log) // else the log stays where it began
+			}
+		}
 		return conf.Settings{}, err
 	}
 	d.limits.Store(&settings)
@@ -526,6 +539,15 @@ func (d *daemon) setLimits(settings conf.Settings) {
 	d.limits.Store(&settings)
 	d.lock.SetLimits(rpc.Limits{MaxClients: settings.MaxClients, MaxUnauth: settings.MaxClients})
 	d.admin.SetLimits(rpc.Limits{MaxClients: settings.AdminMaxClients, MaxUnauth: settings.AdminMaxClients})
+	d.storeSettings()
+}
+
+// followConfig puts the limits of the configuration into force if they have changed there: else they go on as they are, since an
+// administrator may have set them.
+func (d *daemon) followConfig(settings conf.Settings) {
+	if last := d.limits.Load(); settings.MaxClients != last.MaxClients || settings.AdminMaxClients != last.AdminMaxClients {
+		d.setLimits(settings)
+	}
 }
 
 // reload reads the configuration again and opens log files anew, for SIGHUP. A bad file changes nothing.

@@ -141,6 +141,8 @@ func (d *daemon) ownState() (s *state.Snapshot, fds []int) {
 		s.PIDFile = place(d.pidFile.FD())
 	}
 	s.Lock, s.Admin = d.lock.Snapshot(d.unlinksSocket), d.admin.Snapshot(d.unlinksSocket)
+	s.Lock.PriorityWorkers = d.adminProgram.PriorityWorkers(d.lock)
+	s.Admin.PriorityWorkers = d.adminProgram.PriorityWorkers(d.admin)
 	for _, server := range []*state.Server{s.Lock, s.Admin} {
 		server.Services = nil // systemd passes its own again
 	}
@@ -248,6 +250,10 @@ func (d *daemon) leave() bool {
 	}
 	d.log.Info("locks, leases and connections are left to the next process, in systemd's descriptor store", "holds", d.table.Stored(), "reason", why)
 	d.tellSystemd("STOPPING=1")
+	// The next process takes limits from us, also those of a configuration that it is started anew for.
+	if settings, _, err := d.loadConfig(); err == nil {
+		d.followConfig(settings)
+	}
 	deadline := time.Now().Add(patience)
 	for _, s := range d.servers() {
 		s.Freeze(deadline) // what is being answered is answered

@@ -86,10 +86,7 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 		d.upgradeFailed(err)
 		return nil
 	}
-	// Limits go on as they are, for an administrator may have set them; but not if the configuration has changed.
-	if last := d.limits.Load(); settings.MaxClients != last.MaxClients || settings.AdminMaxClients != last.AdminMaxClients {
-		d.setLimits(settings)
-	}
+	d.followConfig(settings)
 	return next
 }
 
