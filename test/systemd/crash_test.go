@@ -3,9 +3,14 @@
 package systemd
 
 import (
+	"encoding/json"
 	"errors"
+	"os"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
@@ -219,5 +224,207 @@ func complains(m *Machine) {
 		if text != "" {
 			m.t.Errorf("the daemon complains: %s", text)
 		}
+	}
+}
+
+// status is what virtlockctl says of the daemon, as far as it matters here.
+type status struct {
+	CrashSafe       bool   `json:"crash_safe"`
+	CrashSafeReason string `json:"crash_safe_reason"`
+	Recoveries      int    `json:"recoveries"`
+	Locks           struct {
+		CrashSafe int `json:"crash_safe"`
+	} `json:"locks"`
+}
+
+func statusOf(m *Machine) (s status) {
+	m.t.Helper()
+	out, err := m.Run("virtlockctl", "status", "--output", "json")
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &s)
+	}
+	if err != nil {
+		m.t.Fatalf("virtlockctl status: %v\n%s", err, out)
+	}
+	return s
+}
+
+// A binary that can't start costs nothing but time, however often it is tried: whoever asks meanwhile is answered when another one is
+// there.
+func TestFailedStarts(t *testing.T) {
+	t.Parallel()
+	const failures = 50
+	m := Boot(t, Options{})
+	m.Systemctl("start", Service)
+	c := newCrowd(m)
+	m.WriteFile(Binary, "#!/bin/sh\nexit 1\n", 0o755)
+	m.Signal("KILL")
+	if err := c.hand.Send(wire.Ping()); err != nil {
+		t.Fatal(err)
+	}
+	if !host.Within(commandTime, func() bool { return m.ShowInt(Service, "NRestarts") > failures }) {
+		t.Fatalf("given up after %d restarts: %s", m.ShowInt(Service, "NRestarts"), m.State(Service))
+	}
+	for _, w := range c.waiters {
+		w.Asleep()
+	}
+	if _, err := c.hand.RecvWithin(20 * time.Millisecond); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("somebody answers, or the connection has ended: %v", err)
+	}
+	m.CopyIn(host.Ours(t), Binary)
+	if _, err := c.hand.Recv(); err != nil {
+		t.Fatalf("whoever has asked meanwhile: %v", err)
+	}
+	c.goesOn("failed starts")
+	c.end()
+}
+
+// A configuration that was made bad meanwhile keeps nobody from his locks, and what was set at run time holds.
+func TestCrashWithBadConfiguration(t *testing.T) {
+	t.Parallel()
+	m := Boot(t, Options{Files: map[string]string{Config: "max_clients = 50\n"}})
+	m.Systemctl("start", Service)
+	c := newCrowd(m)
+	admin := func(args ...string) string {
+		t.Helper()
+		out, err := m.Run(append([]string{"virt-admin", "-c", "virtlockd:///system"}, args...)...)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return strings.Join(strings.Fields(out), " ")
+	}
+	shown := func() string {
+		return admin("server-clients-info", "virtlockd") + "; " + admin("daemon-log-filters")
+	}
+	admin("server-clients-set", "virtlockd", "--max-clients", "77")
+	admin("daemon-log-filters", "1:locking")
+	before := shown()
+	for _, want := range []string{"nclients_max : 77", "1:*locking*"} {
+		if !strings.Contains(before, want) {
+			t.Fatalf("virt-admin shows %q, want %q in it", before, want)
+		}
+	}
+	m.WriteFile(Config, "max_clients = many\n", 0o644)
+	c.next("kill with a bad configuration", func() { m.Signal("KILL") })
+	m.WaitJournal(Config+":1", "_SYSTEMD_UNIT="+Service, "PRIORITY=3")
+	if diff := cmp.Diff(before, shown()); diff != "" {
+		t.Errorf("settings -before +after:\n%s", diff)
+	}
+	c.next("restart with a bad configuration", func() { m.Systemctl("restart", Service) })
+	if diff := cmp.Diff(before, shown()); diff != "" {
+		t.Errorf("settings after a restart -before +after:\n%s", diff)
+	}
+	// A good one that says something else is followed.
+	m.WriteFile(Config, "max_clients = 60\n", 0o644)
+	c.next("restart with another configuration", func() { m.Systemctl("restart", Service) })
+	if after := shown(); !strings.Contains(after, "nclients_max : 60") {
+		t.Errorf("settings after a restart with another configuration: %s", after)
+	}
+	c.end()
+}
+
+// Where systemd keeps nothing, the daemon says so at its start, and serves.
+func TestNoStore(t *testing.T) {
+	t.Parallel()
+	m := Boot(t, Options{})
+	m.DropIn(Service, "[Service]\nFileDescriptorStoreMax=0\n")
+	m.Systemctl("start", Service)
+	c := newCrowd(m)
+	c.goesOn("the start")
+	m.WaitJournal("locks are lost if this daemon crashes", "_SYSTEMD_UNIT="+Service, "PRIORITY=4")
+	s := statusOf(m)
+	if s.CrashSafe || s.Locks.CrashSafe != 0 || !strings.Contains(s.CrashSafeReason, "FileDescriptorStoreMax=") {
+		t.Errorf("virtlockctl status: %+v", s)
+	}
+	c.end()
+}
+
+// A stop gives up everything that outlives a restart, and kills nobody.
+func TestStopWithLocks(t *testing.T) {
+	t.Parallel()
+	m := Boot(t, Options{})
+	m.Systemctl("start", Service)
+	c := newCrowd(m)
+	if s := statusOf(m); !s.CrashSafe || s.Locks.CrashSafe != 5 {
+		t.Errorf("virtlockctl status: %+v", s)
+	}
+	c.next("kill", func() { m.Signal("KILL") })
+	m.Systemctl("stop", Service)
+	for _, w := range c.waiters {
+		w.Wakes()
+	}
+	for _, name := range []string{leaseName, idleName} {
+		if m.Exists(leases + "/" + name) {
+			t.Errorf("lease %s is left", name)
+		}
+	}
+	given := map[string]int{}
+	for _, e := range m.Journal("_SYSTEMD_UNIT="+Service, "PRIORITY=4") {
+		if strings.Contains(e["MESSAGE"], "lock given up") {
+			for path := range c.waiters {
+				given[path] += strings.Count(e["MESSAGE"], " path="+path+" ")
+			}
+		}
+	}
+	if diff := cmp.Diff(map[string]int{ownDisk: 1, bothDisk: 2, leases + "/" + leaseName: 1, leases + "/" + idleName: 1}, given); diff != "" {
+		t.Errorf("lines about locks given up -want +got:\n%s", diff)
+	}
+	for _, g := range []*Guest{c.writer, c.reader, c.idle} {
+		if !g.Alive() {
+			t.Error("a guest died of the stop")
+		}
+	}
+	if n := m.ShowInt(Service, "NFileDescriptorStore"); n != 0 {
+		t.Errorf("%d descriptors are left in the store", n)
+	}
+	// The next start has nothing to do with it.
+	m.Systemctl("start", Service)
+	if s := statusOf(m); s.Recoveries != 0 || s.Locks.CrashSafe != 0 || !s.CrashSafe {
+		t.Errorf("virtlockctl status after another start: %+v", s)
+	}
+	acquire(m, c.writer.Client(), ownDisk)
+}
+
+// Who ends while no daemon is there is found to have ended, and who only hangs up is ended, as ever.
+func TestEndsWhileDead(t *testing.T) {
+	t.Parallel()
+	m := Boot(t, Options{})
+	const gate = Data + "/gate"
+	m.DropIn(Service, "[Service]\nExecStart=\nExecStart=/bin/sh -c 'until test -e "+gate+"; do sleep 0.01; done; exec "+Binary+"'\n")
+	m.WriteFile(gate, "", 0o644)
+	m.Systemctl("start", Service)
+	c := newCrowd(m)
+	pid := m.MainPID()
+	if out, err := m.Run("rm", gate); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	m.Signal("KILL")
+	if !host.Eventually(func() bool { return !m.Alive(pid) }) {
+		t.Fatal("the daemon survives SIGKILL")
+	}
+	c.writer.Kill()
+	c.mute.Close()
+	for _, w := range c.waiters {
+		w.Asleep()
+	}
+	m.WriteFile(gate, "", 0o644)
+	for _, path := range []string{ownDisk, leases + "/" + leaseName, leases + "/" + idleName} {
+		c.waiters[path].Wakes()
+	}
+	if !host.Eventually(func() bool { return !c.idle.Alive() }) {
+		t.Error("a guest that has hung up goes on, without its lock")
+	}
+	for _, name := range []string{leaseName, idleName} {
+		if !host.Eventually(func() bool { return !m.Exists(leases + "/" + name) }) {
+			t.Errorf("lease %s is left", name)
+		}
+	}
+	c.waiters[bothDisk].Asleep()
+	if err := c.eye.Release("", bothDisk); err != nil {
+		t.Error(err)
+	}
+	c.waiters[bothDisk].Wakes()
+	if !c.reader.Alive() {
+		t.Error("the guest that did nothing is dead")
 	}
 }
