@@ -155,8 +155,6 @@ type Config struct {
 	Guards func(*rpc.Client) *owner.Details
 	// SetTimeout makes the daemon end when it has had nothing to do for so many seconds. 0: never.
 	SetTimeout func(seconds uint32)
-	// Changed is called when a setting was changed, before the administrator hears of it. May be nil.
-	Changed func()
 	// Shutdown says whether the daemon may end, and returns what makes it end, which must not
 	// block. That is called when the administrator has been answered. preserve: all that the
 	// daemon holds has to outlive it. Without preserve it is refused while locks are held
@@ -206,9 +204,6 @@ func (p *Program) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte,
 		out, err = pr.run(p, c, &a, out)
 	}
 	if err == nil {
-		if pr.changes && p.cfg.Changed != nil {
-			p.cfg.Changed()
-		}
 		return out, nil
 	}
 	wire := wireError(err)

@@ -411,7 +411,6 @@ func (d *daemon) start(fault error) (err error) {
 		SetTimeout: func(seconds uint32) { d.idle.setTimeout(time.Duration(seconds) * time.Second) },
 		Changed:    d.storeSettings,
 		Shutdown:   d.shutdown,
-		Changed:    d.storeSettings,
 		LibVersion: version,
 		Logger:     d.category("admin"),
 	})

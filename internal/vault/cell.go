@@ -239,7 +239,8 @@ func send(fd int, data []byte, fds []int) syscall.Errno {
 		hdr.SetControllen(len(oob))
 	}
 	for {
-		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&hdr)), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		// Raw, since it does not sleep: the queue is in memory.
+		_, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&hdr)), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 		if errno != unix.EINTR {
 			return errno
 		}
