@@ -433,6 +433,7 @@ func (d *daemon) start(fault error) (err error) {
 		if d.strays {
 			d.dismissStrays(d.left.inherited)
 		}
+		undo(d.forgetNote)
 		undo(d.forsake)
 		d.storeSettings()
 		d.left, d.found = legacy{}, nil // they can be large
@@ -447,6 +448,8 @@ func (d *daemon) start(fault error) (err error) {
 		return err
 	}
 	undo(d.unlinkSockets)
+	d.readNote(false)
+	undo(d.forgetNote)
 	d.makeSafe()
 	undo(d.forsake)
 	d.storeSettings()
@@ -678,6 +681,7 @@ func (d *daemon) serve() (code int, ended bool) {
 		}
 	}
 	var idle sync.WaitGroup
+	idle.Go(func() { d.keepNote(ctx) })
 	idle.Go(func() { d.idle.run(ctx) })
 	idle.Go(func() {
 		d.table.Confirm(d.tellFinding)

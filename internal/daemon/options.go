@@ -13,6 +13,7 @@ import (
 
 	"virtlockd/internal/buildinfo"
 	"virtlockd/internal/cmdline"
+	"virtlockd/internal/state"
 )
 
 // options is what the command line asks for.
@@ -58,6 +59,35 @@ func (o *options) wantsKeeper() bool {
 		return *o.keeper
 	}
 	return o.detach
+}
+
+// argumentsFor returns the arguments for a binary that is to go on in this process: the C daemon knows all but our own options, and
+// would end.
+func argumentsFor(reader state.Reader, args []string) []string {
+	if reader == state.Ours {
+		return args
+	}
+	var kept []string
+	value := false // of the option before it
+	for i, arg := range args {
+		name, _, _ := strings.Cut(arg, "=")
+		switch {
+		case i == 0 || value:
+			value = false
+		case arg == "--":
+			return append(kept, args[i:]...)
+		case len(name) > 2 && (strings.HasPrefix("--keeper", name) || strings.HasPrefix("--no-keeper", name)):
+			continue
+		case strings.HasPrefix(arg, "--"):
+			value = name == arg && len(name) > 2 && (strings.HasPrefix("--config", name) || strings.HasPrefix("--pid-file", name) || strings.HasPrefix("--timeout", name))
+		case strings.HasPrefix(arg, "-"):
+			// Bundled: the first one that takes a value takes the rest, or the next argument.
+			at := strings.IndexAny(arg, "ftp")
+			value = at > 0 && at == len(arg)-1
+		}
+		kept = append(kept, arg)
+	}
+	return kept
 }
 
 // parseTimeout takes a whole number of seconds that fits a C int. Blanks around it, a '+' and leading

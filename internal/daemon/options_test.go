@@ -3,9 +3,12 @@
 package daemon
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"virtlockd/internal/state"
 )
 
 func TestParseTimeout(t *testing.T) {
@@ -61,5 +64,29 @@ func TestParseOptionsLastWins(t *testing.T) {
 	o, err = parseOptions(nil)
 	if err != nil || o.config != nil || o.pidFile != nil {
 		t.Errorf("nothing given: %+v, %v", o, err)
+	}
+}
+
+func TestArgumentsForC(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ args, want string }{
+		{"virtlockd", "virtlockd"},
+		{"virtlockd --keeper", "virtlockd"},
+		{"--keeper --keeper", "--keeper"},
+		{"v -d --no-keeper -v", "v -d -v"},
+		{"v --no-k --ke -f x", "v -f x"},
+		{"v -f --keeper --keeper", "v -f --keeper"},
+		{"v -vf --keeper -vp--keeper --keeper", "v -vf --keeper -vp--keeper"},
+		{"v --config --keeper --conf=x --keeper", "v --config --keeper --conf=x"},
+		{"v --keeper -- --keeper", "v -- --keeper"},
+		{"v --verbose -t 5 -p x", "v --verbose -t 5 -p x"},
+	} {
+		args := strings.Fields(tt.args)
+		if got := strings.Join(argumentsFor(state.C, args), " "); got != tt.want {
+			t.Errorf("%q becomes %q, want %q", tt.args, got, tt.want)
+		}
+		if got := argumentsFor(state.Ours, args); !slices.Equal(got, args) {
+			t.Errorf("%q becomes %q for ours", tt.args, got)
+		}
 	}
 }

@@ -172,6 +172,11 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	}
 	d.log.Info("live upgrade: this binary has taken over", args...)
 	d.reportUpgrade(locks, clients)
+	if l := d.safety.link; l != nil && s.Frozen != 0 { // not from the C daemon, which had none
+		if err := l.Reexec(); err != nil {
+			d.log.Warn("live upgrade: the keeper goes on as the binary that it was", "error", err)
+		}
+	}
 }
 
 // reapStrays waits for the children that the program before this one has left: workers, most of which have ended with

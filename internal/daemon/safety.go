@@ -105,7 +105,11 @@ func (d *daemon) storeEverything() {
 		s.KeepAll()
 	}
 	d.storeSettings()
-	go d.table.StoreAll()
+	go func() {
+		if n := d.table.StoreAll(); n > 0 {
+			d.log.Info("locks from before are stored, so that a crash loses none", "holds", n)
+		}
+	}()
 }
 
 // storeSettings stores the daemon's own settings, at the start and whenever they have changed.

@@ -480,6 +480,9 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 	if err := d.flushLogs(lastFlush); err != nil {
 		return err
 	}
+	if next.reader == state.C {
+		d.forgetNote() // nobody would keep it
+	}
 	if next.reader == state.C && d.safety.vault != nil {
 		defer d.returnToVault() // not reached after exec
 		if err := d.leaveVault(); err != nil {
@@ -617,7 +620,7 @@ func (d *daemon) execute(next *successor) error {
 	if now, err := identify(next.path); err == nil && now != next.file {
 		return errReplaced
 	}
-	return fmt.Errorf("cannot run %s: %w", next.path, os.NewSyscallError("execve", syscall.Exec(next.path, os.Args, os.Environ())))
+	return fmt.Errorf("cannot run %s: %w", next.path, os.NewSyscallError("execve", syscall.Exec(next.path, argumentsFor(next.reader, os.Args), os.Environ())))
 }
 
 // saveLogSettings notes what was changed at run time, by the admin protocol.

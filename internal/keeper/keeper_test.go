@@ -382,8 +382,16 @@ func TestReexec(t *testing.T) {
 	if got := exe(); !strings.HasPrefix(got, program) {
 		t.Errorf("the keeper is %s", got)
 	}
-	unix.Kill(d.Keeper, unix.SIGHUP) // still forwarded
+	// Still forwarded, but for one that comes in the instant of an exec.
 	old := d
+	arrived := make(chan struct{})
+	go func() {
+		defer close(arrived)
+		for end := time.Now().Add(30 * time.Second); time.Now().Before(end) && unix.Kill(old.PID, 0) == nil; time.Sleep(200 * time.Millisecond) {
+			unix.Kill(old.Keeper, unix.SIGHUP)
+		}
+	}()
+	defer func() { <-arrived }()
 	d = h.next()
 	if fmt.Sprint(d.Names, d.Died) != "[a b]killed by signal 1 (SIGHUP)" || d.Keeper != old.Keeper {
 		t.Errorf("%+v", d.hello)

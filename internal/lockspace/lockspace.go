@@ -122,6 +122,7 @@ type Table struct {
 	deleting map[filelock.FileID]int       // files whose name is being removed: nobody acquires them meanwhile
 	slots    slots                         // held ones, to be listed in pieces
 	serial   uint64                        // of the last hold
+	dropped  uint64                        // how many holds have ended
 	held     int                           // names held
 	stored   int                           // holds that have a cell
 	shared   int                           // those of them that are held shared

@@ -45,6 +45,7 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 // unstore takes a hold, which is no longer among r's, out of its cell. That of the last one goes with the lock.
 // t.mu is held; nothing here blocks.
 func (t *Table) unstore(r *resource, cell *vault.Cell) {
+	t.dropped++
 	if cell != nil {
 		t.stored--
 	}
@@ -80,8 +81,8 @@ func (t *Table) storeSpace(s *space) {
 }
 
 // StoreAll stores what is not stored yet: locks that were taken over from a daemon that has no vault. It goes on when some
-// can't be stored, and may block, if a file is on a disk that hangs.
-func (t *Table) StoreAll() {
+// can't be stored, and may block, if a file is on a disk that hangs. It returns how many holds it has stored.
+func (t *Table) StoreAll() (n int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, s := range t.spaces {
@@ -96,17 +97,18 @@ func (t *Table) StoreAll() {
 		}
 	}
 	for _, r := range all {
-		t.storeResource(r)
+		n += t.storeResource(r)
 		// Requests come in between.
 		t.mu.Unlock()
 		t.mu.Lock()
 	}
+	return n
 }
 
 // storeResource stores those holds of r that are not stored. t.mu is held, but not all the time.
-func (t *Table) storeResource(r *resource) {
+func (t *Table) storeResource(r *resource) (n int) {
 	if r.phase != held || r.lock == nil || r.lock.Kind() != filelock.OFD {
-		return // what is being acquired now is stored by whoever acquires it
+		return 0 // what is being acquired now is stored by whoever acquires it
 	}
 	for i := range r.holders {
 		if r.holders[i].cell != nil {
@@ -119,10 +121,12 @@ func (t *Table) storeResource(r *resource) {
 		t.mu.Lock()
 		if r.holders[i].cell = cell; cell != nil {
 			t.stored++
+			n++
 		}
 		r.phase = held
 		t.end(r)
 	}
+	return n
 }
 
 // cell returns the cell of a snapshot, nil if there is none.
@@ -193,4 +197,11 @@ func (t *Table) Stored() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.stored
+}
+
+// Serial returns a number that is another one after each change of what is held.
+func (t *Table) Serial() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.serial + t.dropped
 }

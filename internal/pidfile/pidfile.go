@@ -116,15 +116,19 @@ func acquire(path string) (_ *File, err error) {
 		return nil, errReplaced
 	}
 
-	// Written before it is cut to length, so that a reader never finds it empty.
-	pid := strconv.Itoa(os.Getpid())
-	if _, err := unix.Pwrite(fd, []byte(pid), 0); err != nil {
-		return nil, &Error{"write", path, err}
-	}
-	if err := unix.Ftruncate(fd, int64(len(pid))); err != nil {
+	if err := write(fd); err != nil {
 		return nil, &Error{"write", path, err}
 	}
 	return &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}, nil
+}
+
+// write writes our pid. It is written before the file is cut to length, so that a reader never finds it empty.
+func write(fd int) error {
+	pid := strconv.Itoa(os.Getpid())
+	if _, err := unix.Pwrite(fd, []byte(pid), 0); err != nil {
+		return err
+	}
+	return unix.Ftruncate(fd, int64(len(pid)))
 }
 
 func openRetry(path string, flags int, mode uint32) (int, error) {
@@ -196,8 +200,8 @@ func (f *File) setLock(kind int16) error {
 	}
 }
 
-// Adopt goes on with the pid file at path that another binary in this process has locked with fd. If
-// there is an error, fd is left as it is.
+// Adopt goes on with the pid file at path that another binary in this process, or a process before this one, has locked with fd. It
+// names this process then. If there is an error, fd is left as it is.
 func Adopt(path string, fd int) (*File, error) {
 	var st, at unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -213,6 +217,11 @@ func Adopt(path string, fd int) (*File, error) {
 	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: unix.SEEK_SET, Start: 0, Len: 1}
 	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &lock); err != nil {
 		return nil, &LockedError{path, holder(fd)}
+	}
+	if holder(fd) != os.Getpid() {
+		if err := write(fd); err != nil {
+			return nil, &Error{"write", path, err}
+		}
 	}
 	return &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}, nil
 }

@@ -221,3 +221,119 @@ func TestKillStorm(t *testing.T) {
 		}
 	}
 }
+
+// pidOf reads the pid file, which names the daemon, not its keeper.
+func (m *machine) pidOf() int {
+	m.t.Helper()
+	pid, err := strconv.Atoi(m.ReadFile(pidFile))
+	must(m.t, err)
+	return pid
+}
+
+// parentOf returns the parent of a process, 0 if there is no such process.
+func parentOf(pid int) int {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	var parent int
+	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	if len(fields) > 1 {
+		parent, _ = strconv.Atoi(fields[1])
+	}
+	return parent
+}
+
+// A daemon whose keeper is killed has another one, and that one keeps everything too.
+func TestKeeperKilled(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	daemon := m.pidOf()
+	keepers := m.countLines("another keeper has everything")
+	must(t, unix.Kill(m.PID(), unix.SIGKILL))
+	eventually(t, "there is another keeper", func() bool { return m.countLines("another keeper has everything") > keepers })
+	m.says(" error : ", "the keeper has ended")
+	must(t, locks.conn.Ping())
+	must(t, unix.Kill(daemon, unix.SIGKILL))
+	eventually(t, "there is another daemon", func() bool {
+		b, err := os.ReadFile(m.Path(pidFile))
+		return err == nil && string(b) != strconv.Itoa(daemon) && m.countLines("recovery: this process has taken over") == 1
+	})
+	must(t, locks.conn.Ping())
+	locks.check(m)
+	if seen, polls := outside.end(t); len(seen) > 0 || polls == 0 {
+		t.Errorf("from outside, in %d looks: %q", polls, seen)
+	}
+	locks.release(m)
+	// In order: it is the keeper's child now, and that ends with it.
+	daemon = m.pidOf()
+	keeper := parentOf(daemon)
+	must(t, unix.Kill(keeper, unix.SIGTERM))
+	eventually(t, "both have ended", func() bool { return parentOf(keeper) == 0 && parentOf(daemon) == 0 })
+}
+
+// If both are killed at once the locks are lost, and the next daemon says which.
+func TestBothKilled(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	eventually(t, "there is a note", func() bool {
+		b, err := os.ReadFile(m.Path("/run/libvirt/virtlockd-locks.note"))
+		return err == nil && strings.Count(string(b), "\n") == len(locks.paths)
+	})
+	daemon := m.pidOf()
+	must(t, unix.Kill(daemon, unix.SIGSTOP))
+	must(t, unix.Kill(m.PID(), unix.SIGKILL))
+	must(t, unix.Kill(daemon, unix.SIGKILL))
+	m.Wait()
+	eventually(t, "the daemon has ended", func() bool { return m.Free(locks.paths[0], true) })
+	m.Daemon = m.Start(host.Ours(t), host.Options{Argv0: link})
+	for _, path := range locks.paths {
+		m.says(" error : ", "a lock was lost", path, wire.VM(noOne).Name)
+	}
+	if m.Exists("/run/libvirt/virtlockd-locks.note") {
+		t.Error("the note is left")
+	}
+	if code := m.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// From the C daemon and back to it with a vault: what it had is safe from then on, and what it releases afterwards is free.
+func TestVaultBesideC(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	if code := m.countLines("locks are lost if this daemon crashes"); code != 0 {
+		t.Error("there is no vault")
+	}
+	daemon := m.pidOf()
+	m.turn(host.C(t))
+	must(t, unix.Kill(daemon, unix.SIGUSR1))
+	exe := func() string {
+		link, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", daemon))
+		return link
+	}
+	eventually(t, "the C daemon runs", func() bool { return exe() == host.C(t) })
+	// C holds and releases; a copy in a vault would keep the lock.
+	locks.release(m)
+	must(t, locks.conn.Acquire("", locks.paths[0], 0))
+	m.turn(host.Ours(t))
+	must(t, unix.Kill(daemon, unix.SIGUSR1))
+	eventually(t, "ours runs", func() bool { return exe() != host.C(t) && m.countLines("this binary has taken over") > 0 })
+	must(t, locks.conn.Ping())
+	// It is stored while everybody is served; this request comes behind it.
+	eventually(t, "the lock is stored", func() bool { return m.countLines("locks from before are stored") > 0 })
+	must(t, unix.Kill(daemon, unix.SIGKILL))
+	eventually(t, "there is another daemon", func() bool { return m.countLines("recovery: this process has taken over") == 1 })
+	must(t, locks.conn.Ping())
+	if m.Free(locks.paths[0], true) {
+		t.Error("the lock was lost")
+	}
+	must(t, locks.conn.Release("", locks.paths[0]))
+	if !m.Free(locks.paths[0], true) {
+		t.Error("the lock outlives its release")
+	}
+	if code := m.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"time"
+
+	"virtlockd/internal/state"
+)
+
+// The note in the run directory says which locks there are, a few seconds late. It is read when everything else was lost: the daemon was
+// killed together with whoever kept its locks. Then the next one can at least say whose they were.
+const (
+	noteName  = "virtlockd-locks.note"
+	noteEvery = 5 * time.Second
+	noteMost  = 1000 // locks in it
+)
+
+func (p paths) note() string { return filepath.Join(p.runDir, noteName) }
+
+// keepNote writes the note whenever locks have changed, until ctx ends.
+func (d *daemon) keepNote(ctx context.Context) {
+	tick := time.NewTicker(noteEvery)
+	defer tick.Stop()
+	var written uint64 // the table's state
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if now := d.table.Serial(); now != written {
+				written = now
+				if err := d.writeNote(); err != nil {
+					d.log.Debug("the note of what is locked was not written", "error", err)
+				}
+			}
+		}
+	}
+}
+
+func (d *daemon) writeNote() error {
+	var b bytes.Buffer
+	for from, n := 0, 0; ; {
+		entries, next := d.table.List(from, 16)
+		for i := range entries {
+			for _, h := range entries[i].Holds {
+				if n++; n > noteMost {
+					fmt.Fprintln(&b, "and more")
+					return state.Write(d.paths.note(), b.Bytes())
+				}
+				o := h.Owner.Details()
+				fmt.Fprintf(&b, "%q held by domain %q (%s), process %d\n", entries[i].Path, o.Name, o.UUIDString(), h.Owner.PID)
+			}
+		}
+		if from = next; from == 0 {
+			break
+		}
+	}
+	if b.Len() == 0 {
+		return state.Remove(d.paths.note())
+	}
+	return state.Write(d.paths.note(), b.Bytes())
+}
+
+// readNote says what an earlier daemon has lost, whose locks nobody kept. recovered tells that they were.
+func (d *daemon) readNote(recovered bool) {
+	data, err := state.Read(d.paths.note())
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err == nil && !recovered {
+		for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
+			d.log.Error("a lock was lost: the daemon before this one was killed together with whoever kept its locks, or nobody did; suspend and resume the guest to lock its disk again",
+				"lock", lines.Text())
+		}
+	}
+	if err := errors.Join(err, state.Remove(d.paths.note())); err != nil {
+		d.log.Warn("the note of what was locked is of no use", "error", err)
+	}
+}
+
+// forgetNote removes the note, because no lock is lost.
+func (d *daemon) forgetNote() {
+	if err := state.Remove(d.paths.note()); err != nil {
+		d.log.Warn("the note of what was locked stays", "error", err)
+	}
+}
