@@ -65,8 +65,8 @@ func (m *Machine) ShowNotifications() {
 	m.Systemctl("log-level", "debug")
 }
 
-// Notifications returns what the lock daemon has told systemd since ShowNotifications, message by message, without
-// what is different each time.
+// Notifications returns what the lock daemon has told systemd of its state since ShowNotifications, message by message,
+// without what is different each time.
 func (m *Machine) Notifications() []string {
 	m.t.Helper()
 	var list []string
@@ -77,7 +77,9 @@ func (m *Machine) Notifications() []string {
 		}
 		_, what, _ = strings.Cut(what, " (")
 		what, _, _ = strings.Cut(strings.TrimSuffix(what, ")"), ", MONOTONIC_USEC=")
-		list = append(list, what)
+		if !strings.HasPrefix(what, "FDSTORE") {
+			list = append(list, what)
+		}
 	}
 	return list
 }

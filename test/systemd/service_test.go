@@ -180,8 +180,15 @@ func TestEnable(t *testing.T) {
 		t.Errorf("the service is %s before anybody connects", s)
 	}
 	serves(m, "lock")
-	if out, err := m.Run("systemd-analyze", "verify", "/usr/lib/systemd/system/"+Service); err != nil || out != "" {
-		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	out, err := m.Run("systemd-analyze", "verify", "/usr/lib/systemd/system/"+Service)
+	var complaints []string
+	for line := range strings.Lines(out) {
+		if !strings.Contains(line, "Unknown key 'FileDescriptorStorePreserve'") { // systemd before 254
+			complaints = append(complaints, line)
+		}
+	}
+	if err != nil || len(complaints) > 0 {
+		t.Errorf("systemd-analyze verify: %v\n%q", err, complaints)
 	}
 }
 
@@ -287,7 +294,10 @@ func TestStopAndStart(t *testing.T) {
 	if !g.Alive() {
 		t.Error("the guest died of the restart")
 	}
-	acquire(m, g.Client(), disk)
+	if err := c.Ping(); err != nil {
+		t.Errorf("the connection from before the restart: %v", err)
+	}
+	held(m, disk)
 
 	// Without its socket there is no service, and no file is left.
 	m.Systemctl("stop", LockSocket)
