@@ -116,19 +116,23 @@ func acquire(path string) (_ *File, err error) {
 		return nil, errReplaced
 	}
 
-	if err := write(fd); err != nil {
-		return nil, &Error{"write", path, err}
+	f := &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}
+	if err := f.write(); err != nil {
+		return nil, err
 	}
-	return &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}, nil
+	return f, nil
 }
 
-// write writes our pid. It is written before the file is cut to length, so that a reader never finds it empty.
-func write(fd int) error {
+// write writes our pid into the file. Before it is cut to length, so that a reader never finds it empty.
+func (f *File) write() error {
 	pid := strconv.Itoa(os.Getpid())
-	if _, err := unix.Pwrite(fd, []byte(pid), 0); err != nil {
-		return err
+	if _, err := unix.Pwrite(f.fd, []byte(pid), 0); err != nil {
+		return &Error{"write", f.path, err}
 	}
-	return unix.Ftruncate(fd, int64(len(pid)))
+	if err := unix.Ftruncate(f.fd, int64(len(pid))); err != nil {
+		return &Error{"write", f.path, err}
+	}
+	return nil
 }
 
 func openRetry(path string, flags int, mode uint32) (int, error) {
@@ -200,8 +204,8 @@ func (f *File) setLock(kind int16) error {
 	}
 }
 
-// Adopt goes on with the pid file at path that another binary in this process, or a process before this one, has locked with fd. It
-// names this process then. If there is an error, fd is left as it is.
+// Adopt goes on with the pid file at path that has been locked with fd by another binary in this process, or by a process that has
+// ended. If there is an error, fd is left as it is.
 func Adopt(path string, fd int) (*File, error) {
 	var st, at unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -218,10 +222,9 @@ func Adopt(path string, fd int) (*File, error) {
 	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &lock); err != nil {
 		return nil, &LockedError{path, holder(fd)}
 	}
-	if holder(fd) != os.Getpid() {
-		if err := write(fd); err != nil {
-			return nil, &Error{"write", path, err}
-		}
+	f := &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}
+	if err := f.write(); err != nil {
+		return nil, err
 	}
-	return &File{path: path, fd: fd, dev: st.Dev, ino: st.Ino}, nil
+	return f, nil
 }

@@ -254,3 +254,35 @@ func TestYield(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The file of a process that has ended names whoever goes on with it, and was nobody's meanwhile.
+func TestAdopt(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pid")
+	before, err := Acquire(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Dup(before.FD())
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(before.FD())
+	if err := os.WriteFile(path, []byte("1234567890"), 0); err != nil {
+		t.Fatal(err)
+	}
+	var locked *LockedError
+	if _, err := Acquire(path); !errors.As(err, &locked) || locked.PID != 1234567890 {
+		t.Errorf("before Adopt: %v", err)
+	}
+	f, err := Adopt(path, fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(path)
+	if err != nil || string(got) != strconv.Itoa(os.Getpid()) {
+		t.Errorf("the file says %q (%v)", got, err)
+	}
+	if err := f.Remove(); err != nil {
+		t.Error(err)
+	}
+}
