@@ -1,42 +1,41 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-package systemd
+package host
 
 import (
 	"fmt"
 	"os"
 	"strings"
+	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"virtlockd/test/host"
 )
 
-// Waiter waits outside the machine, in F_OFD_SETLKW, for a lock that somebody on the machine holds. The kernel wakes it when the lock
-// is free for however short a time.
+// Waiter waits in F_OFD_SETLKW for a lock that somebody holds. The kernel wakes it when the lock is free for however short a time.
 type Waiter struct {
-	m    *Machine
+	t    testing.TB
 	path string
 	woke chan error
 }
 
-// Wait begins to wait for a file's lock, which must be held. What is left of it ends with the machine, whose locks end too.
-func (m *Machine) Wait(path string) *Waiter {
-	m.t.Helper()
-	f, err := os.OpenFile(m.Path(path), os.O_RDWR, 0)
+// Wait begins to wait for byte 0 of a file, which must be locked; path is as the test sees it. A Waiter that is not woken ends with the
+// lock, so with whoever the test makes hold it.
+func Wait(t testing.TB, path string) *Waiter {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
-		m.t.Fatalf("machine: %v", err)
+		t.Fatal(err)
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		m.t.Fatalf("machine: %v", err)
+		t.Fatalf("%s: %v", path, err)
 	}
-	w := &Waiter{m: m, path: path, woke: make(chan error, 1)}
+	w := &Waiter{t: t, path: path, woke: make(chan error, 1)}
 	go func() {
-		defer f.Close()
 		for {
 			err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLKW, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1})
 			if err != unix.EINTR { // Go interrupts threads that stay long
+				f.Close() // others may have it again
 				w.woke <- err
 				return
 			}
@@ -46,7 +45,7 @@ func (m *Machine) Wait(path string) *Waiter {
 	waits := func() bool {
 		locks, err := os.ReadFile("/proc/locks")
 		if err != nil {
-			m.t.Fatal(err)
+			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(locks)) {
 			if strings.Contains(line, "-> OFDLCK") && strings.Contains(line, file) {
@@ -55,37 +54,37 @@ func (m *Machine) Wait(path string) *Waiter {
 		}
 		return false
 	}
-	if !host.Eventually(waits) {
-		m.t.Fatalf("%s is not locked: there is nothing to wait for", path)
+	if !Eventually(waits) {
+		t.Fatalf("%s is not locked: there is nothing to wait for", path)
 	}
 	return w
 }
 
 // Asleep fails the test if the lock was free since Wait.
 func (w *Waiter) Asleep() {
-	w.m.t.Helper()
+	w.t.Helper()
 	select {
 	case err := <-w.woke:
-		w.m.t.Fatalf("%s was free for a moment (%v)", w.path, err)
+		w.t.Fatalf("%s was free for a moment (%v)", w.path, err)
 	default:
 	}
 }
 
 // Wakes waits until the lock is free.
 func (w *Waiter) Wakes() {
-	w.m.t.Helper()
+	w.t.Helper()
 	free := func() bool {
 		select {
 		case err := <-w.woke:
 			if err != nil {
-				w.m.t.Errorf("F_OFD_SETLKW on %s: %v", w.path, err)
+				w.t.Errorf("F_OFD_SETLKW on %s: %v", w.path, err)
 			}
 			return true
 		default:
 			return false
 		}
 	}
-	if !host.Eventually(free) {
-		w.m.t.Errorf("%s is locked for nobody", w.path)
+	if !Eventually(free) {
+		w.t.Errorf("%s is locked for nobody", w.path)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -30,7 +31,7 @@ type crowd struct {
 	idle    *Guest // has a lease, and a restricted connection that never speaks
 	mute    *wire.Conn
 	admin   *wire.Conn
-	waiters map[string]*Waiter
+	waiters map[string]*host.Waiter
 }
 
 // What the crowd has.
@@ -43,7 +44,7 @@ const (
 
 func newCrowd(m *Machine) *crowd {
 	m.t.Helper()
-	c := &crowd{m: m, writer: m.Guest(), reader: m.Guest(), idle: m.Guest(), waiters: map[string]*Waiter{}}
+	c := &crowd{m: m, writer: m.Guest(), reader: m.Guest(), idle: m.Guest(), waiters: map[string]*host.Waiter{}}
 	c.hand, c.eye, c.mute, c.admin = c.writer.Client(), c.reader.Client(), c.idle.Client(), m.Dial("admin")
 	m.WriteFile(ownDisk, "", 0o600)
 	m.WriteFile(bothDisk, "", 0o600)
@@ -93,6 +94,9 @@ func (c *crowd) goesOn(after string) {
 	}
 	if err := c.mute.Release(leases, idleName); !refusedBy(err) {
 		c.m.t.Errorf("after %s: RELEASE_RESOURCE over a restricted connection: %v", after, err)
+	}
+	if pid := c.m.ReadFile("/run/virtlockd.pid"); pid != strconv.Itoa(c.m.MainPID()) {
+		c.m.t.Errorf("after %s: the pid file says %q, the process is %d", after, pid, c.m.MainPID())
 	}
 	other := c.m.Guest()
 	defer other.end()

@@ -366,6 +366,12 @@ func (m *Machine) Locked(path string) bool {
 	return l.Type != unix.F_UNLCK
 }
 
+// Wait begins to wait, outside, for a lock that somebody on the machine holds.
+func (m *Machine) Wait(path string) *host.Waiter {
+	m.t.Helper()
+	return host.Wait(m.t, m.Path(path))
+}
+
 // socketPath is the path of the "lock" or "admin" socket on the machine, and the program that is spoken there.
 func socketPath(socket string) (string, uint32) {
 	if socket == "admin" {
