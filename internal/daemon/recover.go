@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -108,8 +109,11 @@ func (d *daemon) recoverVault(root int) (*recovery, error) {
 				v.Release(f.Cell)
 			}()
 		}
-		if err != nil {
+		if errors.Is(err, vault.ErrTruncated) {
 			return nil, fmt.Errorf("recovery: %w", err)
+		}
+		if err != nil {
+			d.log.Error("recovery: something in the vault can't be opened; it stays there, so a file that it locks stays locked", "error", err)
 		}
 	}
 	r.complete(spaces)

@@ -142,13 +142,15 @@ func (c *Cell) peekAt(at, n int) ([]int, error) {
 	if n == 0 {
 		return nil, nil
 	}
+	defer c.peekFrom(-1)
 	if err := c.peekFrom(at); err != nil {
 		return nil, err
 	}
 	return c.first(n)
 }
 
-// first is Peek for a cell in which MSG_PEEK was never told to look further than the first message.
+// first is Peek for a cell with one message, where MSG_PEEK looks, unless somebody who died had told it to look elsewhere: then there
+// is nothing.
 func (c *Cell) first(n int) ([]int, error) {
 	if n == 0 {
 		return nil, nil
@@ -175,6 +177,7 @@ func (c *Cell) first(n int) ([]int, error) {
 
 // All is Peek for all descriptors of the first message, of which there is at least one.
 func (c *Cell) All() ([]int, error) {
+	defer c.peekFrom(-1)
 	if err := c.peekFrom(0); err != nil {
 		return nil, err
 	}
@@ -200,6 +203,7 @@ func (c *Cell) All() ([]int, error) {
 
 // messages returns all of them without their descriptors. They are copied from buf, which has room for MaxRecord bytes.
 func (c *Cell) messages(buf []byte) (all [][]byte, err error) {
+	defer c.peekFrom(-1)
 	for at := 0; ; {
 		if err := c.peekFrom(at); err != nil {
 			return nil, err
@@ -216,8 +220,8 @@ func (c *Cell) messages(buf []byte) (all [][]byte, err error) {
 	}
 }
 
-// peekFrom says how many bytes behind the first one MSG_PEEK looks (SO_PEEK_OFF in socket(7)). A socket that was never told
-// looks at the first one.
+// peekFrom says how many bytes behind the first one MSG_PEEK looks the next time (SO_PEEK_OFF in socket(7)); it moves on with each
+// look. -1: always at the first one.
 func (c *Cell) peekFrom(at int) error {
 	return os.NewSyscallError("setsockopt(SO_PEEK_OFF)", unix.SetsockoptInt(int(c.fd), unix.SOL_SOCKET, unix.SO_PEEK_OFF, at))
 }

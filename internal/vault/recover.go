@@ -203,11 +203,10 @@ func (f *Found) Descriptors() ([]int, error) {
 	if f.Hold != nil && f.Hold.File.Remote {
 		n--
 	}
-	look := f.Cell.Peek
-	if f.Hold != nil {
-		look = f.Cell.first
+	fds, err := f.Cell.first(n)
+	if errors.Is(err, ErrEmpty) {
+		fds, err = f.Cell.Peek(n)
 	}
-	fds, err := look(n)
 	if err != nil {
 		return nil, fmt.Errorf("cell %d of the vault: %w", f.Cell.index, err)
 	}

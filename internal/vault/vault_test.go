@@ -161,6 +161,34 @@ func TestPeekChangesNothing(t *testing.T) {
 	}
 }
 
+// Whoever dies while he looks leaves nothing behind that keeps others from looking.
+func TestPeekIsInterrupted(t *testing.T) {
+	t.Parallel()
+	for _, at := range []int{0, 1, 1000} {
+		v := newVault(t)
+		fd, _ := lockedFile(t, "disk")
+		cell := storeHold(t, v, hold(1), fd)
+		unix.Close(fd)
+		if err := cell.peekFrom(at); err != nil {
+			t.Fatal(err)
+		}
+		next := reopened(t, v)
+		for range 2 {
+			found, err := next.Contents()
+			if err != nil || len(found) != 1 || found[0].Hold == nil {
+				t.Fatalf("at %d: found %+v, %v", at, found, err)
+			}
+			fds, err := found[0].Descriptors()
+			if err != nil || len(fds) != 1 {
+				t.Fatalf("at %d: %v, %v", at, fds, err)
+			}
+			unix.Close(fds[0])
+		}
+		closeTable(next)
+		v.GiveUp()
+	}
+}
+
 // At the limit of descriptors a vault is not opened, and is whole afterwards.
 func TestOpenAtLimit(t *testing.T) {
 	v := newVault(t) // not parallel: the limit is the process's

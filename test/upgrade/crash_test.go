@@ -3,23 +3,19 @@
 package upgrade
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"virtlockd/test/host"
+	"virtlockd/test/survivor"
 	"virtlockd/test/wire"
 )
 
@@ -76,129 +72,34 @@ func (m *machine) kept() int {
 	return 0
 }
 
-// survivor is a client whose connections may be closed by a crash at any time. It knows what it has.
-type survivor struct {
-	m       *machine
-	number  int
-	path    string
-	conn    *wire.Conn
-	holds   bool // it was told so
-	unknown bool // the last request was not answered
-
-	requests, unanswered, heldUnawares *atomic.Int64
-}
-
-func (s *survivor) dial() error {
-	if s.conn != nil {
-		return nil
-	}
-	c, err := s.m.TryDial("lock")
-	if err != nil {
-		return err
-	}
-	if err := c.Register(wire.VM(noOne + 200 + s.number)); err != nil {
-		c.Close()
-		return err
-	}
-	s.conn = c
-	return nil
-}
-
-// lost tells whether the connection was closed; anything else is an answer.
-func lost(err error) bool {
-	return errors.Is(err, wire.ErrClosed) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)
-}
-
-// ask sends one request, and again on a new connection until there is an answer.
-func (s *survivor) ask(acquire bool) (err error, certain bool) {
-	certain = true
-	for {
-		if err := s.dial(); err != nil {
-			if lost(err) {
-				s.conn = nil
-				continue
-			}
-			return err, certain
-		}
-		s.requests.Add(1)
-		if acquire {
-			err = s.conn.Acquire("", s.path, wire.Autocreate)
-		} else {
-			err = s.conn.Release("", s.path)
-		}
-		if !lost(err) {
-			return err, certain
-		}
-		s.unanswered.Add(1)
-		certain = false
-		s.conn.Close()
-		s.conn = nil
-	}
-}
-
-// round acquires and releases. What was confirmed has to be true; of what was not answered either is possible.
-func (s *survivor) round() error {
-	err, certain := s.ask(true)
-	if wire.IsLocked(err) && !certain {
-		s.heldUnawares.Add(1) // the reply may have been on its way
-		err = nil
-	}
-	if err != nil {
-		return fmt.Errorf("ACQUIRE of what is free (certain: %v): %w", certain, err)
-	}
-	err, certain = s.ask(false)
-	if err != nil && (certain || !strings.Contains(err.Error(), "is not locked")) {
-		return fmt.Errorf("RELEASE of what is held (certain: %v): %w", certain, err)
-	}
-	return nil
-}
-
 // Kills at any instant lose no lock and no answer, and leave no lock for nobody.
 func TestKillStorm(t *testing.T) {
 	m := startKept(t)
 	locks := m.hold()
 	outside := m.startChecker(locks.paths...)
-	ctx, stop := context.WithCancel(context.Background())
-	defer stop()
-	var requests, unanswered, unawares atomic.Int64
-	var clients sync.WaitGroup
-	for k := range 32 {
-		s := &survivor{m: m, number: k, path: fmt.Sprint(host.Data, "/load", k), requests: &requests, unanswered: &unanswered, heldUnawares: &unawares}
-		clients.Go(func() {
-			for i := 0; ctx.Err() == nil; i++ {
-				if err := s.round(); err != nil {
-					t.Errorf("client %d, round %d: %v", k, i, err)
-					return
-				}
-			}
-			if s.conn != nil {
-				s.conn.Close()
-			}
-		})
-	}
+	clients := survivor.Start(32, noOne+200, func() (*wire.Conn, error) { return m.TryDial("lock") },
+		func(k int) string { return fmt.Sprint(host.Data, "/load", k) })
 	n, begin := kills(t), time.Now()
 	before := 0
-	for done := 0; done < n && !t.Failed(); done++ {
+	for done := 0; done < n && clients.Err() == nil; done++ {
 		var pid int
 		eventually(t, "there is another daemon", func() bool { pid = m.kept(); return pid > 0 && pid != before })
 		before = pid
 		// Most come while it serves, some in the midst of its start and recovery.
 		if rand.IntN(4) > 0 {
-			answered := requests.Load()
-			eventually(t, "it serves", func() bool { return requests.Load() > answered+32 })
+			answered := clients.Requests.Load()
+			eventually(t, "it serves", func() bool { return clients.Requests.Load() > answered+32 })
 		}
 		time.Sleep(time.Duration(rand.IntN(20_000)) * time.Microsecond)
 		must(t, unix.Kill(pid, unix.SIGKILL))
 	}
 	took := time.Since(begin)
-	stop()
-	clients.Wait()
+	must(t, clients.Stop())
 	seen, polls := outside.end(t)
 	if len(seen) > 0 || polls == 0 {
 		t.Errorf("from outside, in %d looks: %q", polls, seen)
 	}
-	t.Logf("%d kills in %v, %d requests meanwhile, %d of them answered by a closed connection (%d had their lock); %d looks from outside",
-		n, took.Round(time.Millisecond), requests.Load(), unanswered.Load(), unawares.Load(), polls)
+	t.Logf("%d kills in %v; %v; %d looks from outside", n, took.Round(time.Millisecond), clients, polls)
 	// Over the connection that it was acquired by.
 	if err := locks.conn.Ping(); err != nil {
 		t.Errorf("an idle connection did not outlive the kills: %v", err)
