@@ -299,7 +299,7 @@ func TestStatus(t *testing.T) {
 	c := d.Client(0x70000001)
 	must(t, c.Acquire("", file(h, "disk"), 0))
 	r := want(t, h, ok, "status")
-	for _, text := range []string{fmt.Sprintf("%d, up", d.PID()), "1 held: 1 exclusive, 0 shared", "virtlockd: 1 of at most 7 clients", "no: there is no crash safety"} {
+	for _, text := range []string{fmt.Sprintf("%d, up", d.PID()), "1 held: 1 exclusive, 0 shared", "virtlockd: 1 of at most 7 clients", "no: nobody keeps locks beyond this process"} {
 		if !strings.Contains(r.out, text) {
 			t.Errorf("status does not say %q:\n%s", text, r.out)
 		}
