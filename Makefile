@@ -4,6 +4,8 @@
 # make demo      two hosts, real libvirtd and QEMU, in private namespaces (root, Debian 12)
 # make test      install what the tests need, then all tests (root, Debian 12)
 # make storm     a thousand live upgrades under load, some minutes
+# make kills     five thousand kills under load, with a keeper and under systemd, half an hour
+# make soak      a million pairs, after which nothing is left over
 # make bench     our daemon, the C one and a bare server side by side (root); FULL=1 for all rows, BENCH=-help for options
 # make fuzz      each fuzz test, FUZZTIME runs
 # make lint      gofmt, go vet, staticcheck
@@ -51,7 +53,7 @@ RACED = ./cmd/... ./internal/...
 UNITS = virtlockd.service virtlockd.socket virtlockd-admin.socket virtlockctl-exporter.service
 COMPLETION = cmd/virtlockctl/completion
 
-.PHONY: all build demo test storm bench fuzz lint install setup clean
+.PHONY: all build demo test storm kills soak bench fuzz lint install setup clean
 
 all: build
 
@@ -70,6 +72,12 @@ test: setup build
 
 storm: setup
 	UPGRADES=1000 $(GO) test -count=1 -v -timeout 30m -run '^TestStorm$$' ./test/upgrade
+
+kills: setup
+	KILLS=5000 $(GO) test -count=1 -v -timeout 90m -run '^TestKillStorm$$' ./test/upgrade ./test/systemd
+
+soak: setup
+	SOAK=1000000 $(GO) test -count=1 -v -timeout 30m -run '^TestSoak$$' ./test/upgrade
 
 bench: build
 	CGO_ENABLED=0 $(GO) build -o bin/bench ./bench
