@@ -46,6 +46,14 @@ type FileID struct {
 // lock in the kernel, or, from Delete, when held said so.
 var ErrLocked = errors.New("the file is locked by somebody else")
 
+// LockedError is ErrLocked, about a file that could be looked at.
+type LockedError struct {
+	File FileID
+}
+
+func (*LockedError) Error() string { return ErrLocked.Error() }
+func (*LockedError) Unwrap() error { return ErrLocked }
+
 // ErrNotDir is in the error chain when MakeDir finds something there that is
 // not a directory.
 var ErrNotDir = errors.New("something else than a directory is there")

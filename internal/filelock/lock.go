@@ -138,6 +138,7 @@ func (l *Lock) openDirect(o *op, dir int, create bool) (fd int, out outcome, dev
 				}
 			}
 			if l.files.posix.conflicts(info.id, l.mode) {
+				l.id = info.id
 				return -1, done, "", l.lockError(unix.EAGAIN)
 			}
 		}
@@ -181,7 +182,7 @@ func (l *Lock) take(o *op, fd int) syscall.Errno {
 
 func (l *Lock) lockError(errno syscall.Errno) error {
 	if refused(errno) {
-		return &Error{OpLock, l.path, ErrLocked}
+		return &Error{OpLock, l.path, &LockedError{l.id}}
 	}
 	return &Error{OpLock, l.path, errno}
 }

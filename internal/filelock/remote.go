@@ -47,6 +47,7 @@ func (l *Lock) lockRemote(o *op, mount, path string, create bool) error {
 		}
 		err = &Error{OpStore, l.path, err}
 	default:
+		l.id = answer.id
 		err = l.lockError(answer.errno)
 	}
 	cell.Close()

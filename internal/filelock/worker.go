@@ -207,7 +207,7 @@ func (w *work) lock(r request) reply {
 		}
 		if errno != 0 {
 			unix.Close(fd)
-			return reply{errno: errno, step: stepLock}
+			return reply{errno: errno, step: stepLock, id: info.id}
 		}
 		if r.create {
 			if now, errno := stat(r.path); errno != 0 || now.id != info.id {

@@ -48,7 +48,7 @@ func wireError(err error, s *session, a *args) error {
 	case errors.Is(err, lockspace.ErrDefaultExists):
 		return rpc.Ordinary(rpc.CodeOperationInvalid, rpc.DomainRPC, invalid, "the default lockspace already exists")
 	case errors.Is(err, lockspace.ErrLocked), errors.Is(err, filelock.ErrLocked):
-		return fail(rpc.CodeResourceBusy, busy, "Lockspace resource '%s' is locked", a.name)
+		return fail(rpc.CodeResourceBusy, busy, "Lockspace resource '%s' is locked%s", a.name, holder(err, s, a.name))
 	case errors.Is(err, lockspace.ErrNotLocked):
 		return fail(rpc.CodeResourceBusy, busy, "Lockspace resource '%s' is not locked", a.name)
 	case errors.Is(err, lockspace.ErrNotOwner):

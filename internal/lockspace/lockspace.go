@@ -311,6 +311,7 @@ func (t *Table) find(req *Request) (*space, *resource, error) {
 func (t *Table) Acquire(req Request) (Hold, error) {
 	serial, path, err := t.acquire(&req)
 	if err != nil {
+		err = t.named(err)
 		t.reportRefusal(&req, err)
 		return Hold{}, &Error{Op: "acquire", Lockspace: req.Lockspace, Resource: req.Resource, Path: path, Err: err}
 	}
@@ -384,7 +385,7 @@ func escapes(name string) bool {
 func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	switch {
 	case !r.shared() || req.Flags&Shared == 0:
-		return 0, ErrLocked
+		return 0, lockedBy(r)
 	case req.Owner.Dead():
 		return 0, ErrOwnerEnded
 	case len(r.holders) >= maxHolders:
@@ -393,7 +394,7 @@ func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	// Only the C daemon lets somebody have the same file exclusively under another name.
 	for other := t.files[r.lock.ID()]; other != nil; other = other.alias {
 		if !other.shared() {
-			return 0, ErrLocked
+			return 0, lockedBy(other)
 		}
 	}
 	now := time.Now().UnixNano()
@@ -432,7 +433,7 @@ func (t *Table) admissible(r *resource, o *owner.Owner) error {
 			continue
 		}
 		if !r.shared() || !other.shared() {
-			return ErrLocked
+			return lockedBy(other)
 		}
 	}
 	return nil
@@ -741,10 +742,13 @@ func (t *Table) onFile(op string, req *Request, do func(path string) error) erro
 		return fail("", err)
 	}
 	path := s.path(req.Resource)
+	if r != nil {
+		err = lockedBy(r)
+	}
 	if r != nil || s.dir != "" && escapes(req.Resource) {
 		t.mu.Unlock()
 		if r != nil {
-			return fail(path, ErrLocked)
+			return fail(path, err)
 		}
 		return fail(path, ErrEscapes)
 	}

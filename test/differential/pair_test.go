@@ -154,6 +154,7 @@ func receive(c *wire.Conn) outcome {
 	if err != nil {
 		return outcome{text: "failed: " + err.Error()}
 	}
+	m = wire.WithoutHolder(m) // D-holder
 	return outcome{frame: string(m.Raw), text: m.String()}
 }
 

@@ -11,7 +11,8 @@ import (
 	"virtlockd/test/wire"
 )
 
-// Difference is where ours differs from the recording on purpose.
+// Difference is where ours differs from the recording on purpose. One more, D-holder, is in all replies of one kind: see
+// wire.WithoutHolder.
 type Difference struct {
 	ID       string // of its entry in docs/differences.md, which gives the reason
 	Scenario string

@@ -247,6 +247,7 @@ func (r *replay) silent(s Step) error {
 }
 
 func (r *replay) compare(s Step, m wire.Message) error {
+	m = wire.WithoutHolder(m) // D-holder
 	var want Pattern
 	for _, alt := range append([]string{s.ExpectHex}, s.ExpectHexAlt...) {
 		p, err := ParsePattern(alt, r.pid)

@@ -102,6 +102,6 @@ func isBusy(err error, state string) bool {
 		return false
 	}
 	var tail = "' is " + state
-	s := *e.Str2
+	s := holder.ReplaceAllString(*e.Str2, "$1")
 	return len(s) >= len(tail) && s[len(s)-len(tail):] == tail
 }
