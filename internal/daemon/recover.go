@@ -28,7 +28,6 @@ type recovery struct {
 	resources map[resourceKey]*state.Resource
 	progress  map[uint64]rpc.Progress // of the lock server's clients, by their id
 	unsettled []unsettled
-	lost      []uint64 // clients whose last request can't be told to be answered
 	dismissed []dismissed
 }
 

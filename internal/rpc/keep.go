@@ -113,4 +113,4 @@ func (c *Client) unkeep() {
 }
 
 // IdleWord is the word of a connection whose requests up to this one are answered.
-func IdleWord(request uint64) uint64 { return request<<phaseBits | phaseIdle }
+func IdleWord(request uint64) uint64 { return request << phaseBits } // phaseIdle is 0
