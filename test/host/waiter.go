@@ -22,20 +22,22 @@ type Waiter struct {
 // lock, so with whoever the test makes hold it.
 func Wait(t testing.TB, path string) *Waiter {
 	t.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	// Not by package os, which registers the file with the run-time's epoll set. On a FUSE file system that this process itself serves
+	// the kernel asks us whether it can, while it keeps the set, and the run-time waits for the set: for ever, and no signal helps.
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("open %s: %v", path, err)
 	}
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err := unix.Fstat(fd, &st); err != nil {
 		t.Fatalf("%s: %v", path, err)
 	}
 	w := &Waiter{t: t, path: path, woke: make(chan error, 1)}
 	go func() {
 		for {
-			err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLKW, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1})
+			err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLKW, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1})
 			if err != unix.EINTR { // Go interrupts threads that stay long
-				f.Close() // others may have it again
+				unix.Close(fd) // others may have it again
 				w.woke <- err
 				return
 			}
