@@ -41,10 +41,16 @@ type Options struct {
 	Locks bool
 }
 
+// Place is a mount namespace: a *host.Host, for example. Do runs a function in it, Must one that can't fail.
+type Place interface {
+	Do(func() error) error
+	Must(func() error)
+}
+
 // Disk is a mounted file system.
 type Disk struct {
 	t      testing.TB
-	h      *host.Host
+	h      Place
 	path   string
 	server *fuse.Server
 	root   *directory
@@ -62,7 +68,7 @@ type hang struct {
 
 // Mount makes an empty disk at path, which is made, too. Mount it after the daemon was started: then it resumes
 // before the daemon is ended.
-func Mount(t testing.TB, h *host.Host, path string, o Options) *Disk {
+func Mount(t testing.TB, h Place, path string, o Options) *Disk {
 	t.Helper()
 	d := &Disk{t: t, h: h, path: path, hung: map[Op]*hang{}}
 	d.root = &directory{disk: d}

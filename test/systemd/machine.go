@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -364,6 +365,40 @@ func (m *Machine) Locked(path string) bool {
 		m.t.Fatalf("F_OFD_GETLK on %s: %v", path, err)
 	}
 	return l.Type != unix.F_UNLCK
+}
+
+// Do runs f on a thread that lives in the machine's mount namespace. f must not end the goroutine (t.Fatal).
+func (m *Machine) Do(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for ever: the thread ends with the goroutine
+		done <- m.inside(f)
+	}()
+	return <-done
+}
+
+// inside moves the thread into the machine's mount namespace.
+func (m *Machine) inside(f func() error) error {
+	ns, err := os.Open("/proc/" + strconv.Itoa(m.pid) + "/ns/mnt")
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return os.NewSyscallError("unshare", err)
+	}
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
+		return os.NewSyscallError("setns", err)
+	}
+	return f()
+}
+
+// Must is Do for steps of a test that can't fail.
+func (m *Machine) Must(f func() error) {
+	m.t.Helper()
+	if err := m.Do(f); err != nil {
+		m.t.Fatalf("machine: %v", err)
+	}
 }
 
 // Wait begins to wait, outside, for a lock that somebody on the machine holds.
