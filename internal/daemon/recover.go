@@ -233,10 +233,14 @@ func (r *recovery) client(f *vault.Found) error {
 	return nil
 }
 
-// unread tells whether the peer of a connection has yet to read something that we have sent (SIOCOUTQ).
+// oneReply is more than the kernel takes for a reply of the lock program. What is as small was sent in one piece (unix_stream_sendmsg
+// in the kernel's net/unix/af_unix.c): where a longer one is unread, it may be the first part of it.
+const oneReply = 16 << 10
+
+// unread tells whether a reply lies whole in the queue of the peer of a connection, which has yet to read it (SIOCOUTQ).
 func unread(fd int) bool {
 	n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
-	return err == nil && n > 0
+	return err == nil && n > 0 && n <= oneReply
 }
 
 // hold takes one hold of a resource over.
