@@ -448,7 +448,7 @@ func (d *daemon) start(fault error) (err error) {
 		return err
 	}
 	undo(d.unlinkSockets)
-	d.readNote(false)
+	d.readNote()
 	undo(d.forgetNote)
 	d.makeSafe()
 	undo(d.forsake)
@@ -562,7 +562,6 @@ func (d *daemon) reload() {
 		d.log.Error("SIGHUP: the configuration is not usable, the settings in force stay as they are", "error", err)
 	} else {
 		d.setLimits(settings)
-		d.storeSettings()
 	}
 	if again := d.logs.Reopen(); again != nil {
 		d.log.Error("SIGHUP: a log file can't be opened anew", "error", again)
@@ -574,7 +573,7 @@ func (d *daemon) reload() {
 // shutdown is what the admin protocol's call of that name asks for. Unlike a signal it doesn't give up
 // locks. To preserve them is possible where they outlive the process: systemd starts the next one at once.
 func (d *daemon) shutdown(preserve bool) (begin func(), err error) {
-	if preserve && d.safety.link == nil && d.keepsVault() {
+	if preserve && d.safety.keeper() == nil && d.safety.flaw() == nil {
 		d.preserve.Store(true)
 	} else if n := d.table.Retire(); n > 0 {
 		return nil, &adminproto.LocksHeldError{Locks: n}

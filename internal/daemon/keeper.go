@@ -64,7 +64,7 @@ var errKeeperEnded = errors.New("the keeper has ended, and no other one could be
 
 // watchKeeper starts another keeper when the one that we have ends, as long as the daemon lives.
 func (d *daemon) watchKeeper() {
-	l := d.safety.link
+	l := d.safety.keeper()
 	if l == nil {
 		return
 	}
@@ -81,7 +81,7 @@ func (d *daemon) watchKeeper() {
 				d.safety.mu.Unlock()
 				return
 			}
-			l = d.safety.link
+			l = d.safety.keeper()
 			d.log.Info("another keeper has everything", "keeper", l.PID)
 		}
 	}()
@@ -92,13 +92,13 @@ func (d *daemon) changeKeeper() error {
 	if err := d.startKeeper(); err != nil {
 		return err
 	}
-	if !d.keepsVault() {
+	d.safety.mu.Lock()
+	v, store := d.safety.vault, d.safety.store
+	d.safety.mu.Unlock()
+	if v == nil {
 		return nil
 	}
-	if err := d.safety.store.Store(vaultName, d.safety.vault.Root()); err != nil {
-		return err
-	}
-	return d.safety.store.Barrier(storeTime)
+	return entrust(store, v)
 }
 
 // awaitEnd waits until the process of a pidfd has ended; -1: it has.

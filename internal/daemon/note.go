@@ -69,13 +69,13 @@ func (d *daemon) writeNote() error {
 	return state.Write(d.paths.note(), b.Bytes())
 }
 
-// readNote says what an earlier daemon has lost, whose locks nobody kept. recovered tells that they were.
-func (d *daemon) readNote(recovered bool) {
+// readNote says what an earlier daemon has lost. It is called where nothing was taken over: nobody kept its locks.
+func (d *daemon) readNote() {
 	data, err := state.Read(d.paths.note())
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}
-	if err == nil && !recovered {
+	if err == nil {
 		for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
 			d.log.Error("a lock was lost: the daemon before this one was killed together with whoever kept its locks, or nobody did; suspend and resume the guest to lock its disk again",
 				"lock", lines.Text())

@@ -32,13 +32,12 @@ const (
 
 // safety keeps everything that matters alive beyond this process: the vault, and who keeps that.
 type safety struct {
+	mu    sync.Mutex // once clients are served
 	store systemd.Notifier
 	vault *vault.Vault // nil: there is none
+	why   error        // why there is none, or nobody keeps it
 	link  *keeper.Link // to our keeper; nil: there is none
-
-	mu   sync.Mutex
-	why  error       // why there is none
-	cell *vault.Cell // with the daemon's own settings
+	cell  *vault.Cell  // with the daemon's own settings
 }
 
 // errNoStore says that nobody would keep the vault.
@@ -49,7 +48,10 @@ var errNoStore = errors.New("nobody keeps locks beyond this process: it is run n
 func (d *daemon) makeSafe() {
 	v, err := d.openVault()
 	d.safety.mu.Lock()
-	d.safety.vault, d.safety.why = v, err
+	d.safety.why = err
+	if err == nil {
+		d.safety.vault = v
+	}
 	d.safety.mu.Unlock()
 	if err != nil {
 		level := slog.LevelWarn
@@ -65,8 +67,8 @@ func (d *daemon) makeSafe() {
 	}
 }
 
-// openVault returns the vault after its root was given to the store.
-func (d *daemon) openVault() (v *vault.Vault, err error) {
+// openVault returns the vault, an own new one if there was none, after its root was given to the store.
+func (d *daemon) openVault() (_ *vault.Vault, err error) {
 	if d.safety.link == nil && d.options.wantsKeeper() {
 		if err := d.startKeeper(); err != nil {
 			return nil, err
@@ -78,7 +80,8 @@ func (d *daemon) openVault() (v *vault.Vault, err error) {
 	if err := d.safety.store.ProbeStore(probeName, storeTime); err != nil {
 		return nil, err
 	}
-	if v = d.safety.vault; v == nil {
+	v := d.safety.vault
+	if v == nil {
 		if v, err = vault.New(); err != nil {
 			return nil, err
 		}
@@ -88,11 +91,18 @@ func (d *daemon) openVault() (v *vault.Vault, err error) {
 			}
 		}()
 	}
-	// The store ignores what it has already.
-	if err := d.safety.store.Store(vaultName, v.Root()); err != nil {
+	if err := entrust(d.safety.store, v); err != nil {
 		return nil, err
 	}
-	return v, d.safety.store.Barrier(storeTime)
+	return v, nil
+}
+
+// entrust gives the root of the vault to a store, which ignores what it has already.
+func entrust(store systemd.Notifier, v *vault.Vault) error {
+	if err := store.Store(vaultName, v.Root()); err != nil {
+		return err
+	}
+	return store.Barrier(storeTime)
 }
 
 // storeEverything stores what was taken over from a daemon without vault. Connections are stored at once; the servers are
@@ -104,7 +114,6 @@ func (d *daemon) storeEverything() {
 	for _, s := range d.servers() {
 		s.KeepAll()
 	}
-	d.storeSettings()
 	go func() {
 		if n := d.table.StoreAll(); n > 0 {
 			d.log.Info("locks from before are stored, so that a crash loses none", "holds", n)
@@ -193,46 +202,54 @@ func (d *daemon) leaveVault() error {
 func (d *daemon) returnToVault() {
 	d.makeSafe()
 	d.storeEverything()
+	d.storeSettings()
 }
 
 // safe tells whether locks outlive a crash, why not, and how many holds do.
 func (d *daemon) safe() (on bool, why string, holds int) {
-	d.safety.mu.Lock()
-	v, err := d.safety.vault, d.safety.why
-	d.safety.mu.Unlock()
-	switch {
-	case v != nil:
-		return true, "", d.table.Stored()
-	case err != nil:
+	if err := d.safety.flaw(); err != nil {
 		return false, err.Error(), 0
 	}
-	return false, errNoStore.Error(), 0
+	return true, "", d.table.Stored()
 }
 
-// keepsVault tells whether there is a vault.
-func (d *daemon) keepsVault() bool {
-	d.safety.mu.Lock()
-	defer d.safety.mu.Unlock()
-	return d.safety.vault != nil
+// flaw tells why locks do not outlive this process; nil: they do.
+func (s *safety) flaw() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.why == nil && s.vault == nil {
+		return errNoStore
+	}
+	return s.why
+}
+
+// keeper returns the link to our keeper, nil if there is none.
+func (s *safety) keeper() *keeper.Link {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.link
 }
 
 // forsake makes whoever keeps the vault let go of it, because the daemon ends for good.
 func (d *daemon) forsake() {
-	if !d.keepsVault() {
+	d.safety.mu.Lock()
+	v, store := d.safety.vault, d.safety.store
+	d.safety.mu.Unlock()
+	if v == nil {
 		return
 	}
-	if err := d.safety.store.Remove(vaultName); err != nil {
+	if err := store.Remove(vaultName); err != nil {
 		d.log.Warn("the vault stays in the descriptor store", "error", err)
 	}
 }
 
-// askTimeout bounds how long systemd may take to say why we are to end.
+// askEndTime bounds how long systemd may take to say why we are to end.
 const askEndTime = 3 * time.Second
 
 // leave prepares the end of a process that the next one takes over from, and tells whether it is that: the service is started again, or
 // descriptors outlive its stop. Only a job to stop the unit ends locks; in doubt they stay.
 func (d *daemon) leave() bool {
-	if !d.keepsVault() || d.safety.link != nil {
+	if d.safety.flaw() != nil || d.safety.keeper() != nil {
 		return false
 	}
 	why := "an administrator wants them preserved"
