@@ -8,11 +8,11 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/events"
+	"virtlockd/internal/filelock"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
 	"virtlockd/internal/vault"
@@ -102,11 +102,7 @@ func (d *daemon) recoverVault(root int) (*recovery, error) {
 		case f.Lockspace != nil:
 			spaces[*f.Lockspace] = f.Cell.Index()
 		default:
-			worker := vault.Worker(f.Cell.Word().Load())
-			go func() {
-				awaitWorker(worker)
-				v.Release(f.Cell)
-			}()
+			returnAfter(v, f.Cell, vault.Worker(f.Cell.Word().Load()))
 		}
 		if errors.Is(err, vault.ErrTruncated) {
 			return nil, fmt.Errorf("recovery: %w", err)
@@ -324,14 +320,12 @@ func (r *recovery) complete(spaces map[string]uint32) {
 func (d *daemon) settleRecovery(r *recovery) {
 	for _, c := range r.dismissed {
 		d.log.Warn("recovery: a connection is closed, since its last request may not have been answered", "server", c.server, "client", c.id)
-		r.vault.Release(c.cell)
-		_ = unix.Shutdown(c.fd, unix.SHUT_RDWR)
-		unix.Close(c.fd)
+		hangUp(r.vault, c.cell, c.fd)
 	}
 	for _, u := range r.unsettled {
 		d.log.Info("recovery: a hold is given up", "lockspace", u.lockspace, "resource", u.name, "reason", u.why)
 		if u.worker != 0 {
-			d.table.ReleaseAfter(u.lockspace, u.name, func() { awaitWorker(u.worker) })
+			d.table.ReleaseAfter(u.lockspace, u.name, func() { filelock.AwaitWorker(u.worker) })
 			continue
 		}
 		if err := d.table.ReleaseStored(u.lockspace, u.name, u.cell); err != nil {
@@ -340,30 +334,20 @@ func (d *daemon) settleRecovery(r *recovery) {
 	}
 }
 
-// awaitWorker waits until a worker process of an earlier daemon has ended. It ends by itself, but not before its disk answers.
-func awaitWorker(pid int) {
-	for ; ; time.Sleep(workerPoll) {
-		pidfd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			return
-		}
-		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-		if err != nil || string(comm) != workerComm || hasEnded(int32(pidfd)) {
-			unix.Close(pidfd)
-			return
-		}
-		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-		_, _ = unix.Poll(fds, -1)
-		unix.Close(pidfd)
-	}
+// returnAfter takes a cell back when a worker process of an earlier daemon has ended, which may still put something into it.
+func returnAfter(v *vault.Vault, cell *vault.Cell, worker int) {
+	go func() {
+		filelock.AwaitWorker(worker)
+		v.Release(cell)
+	}()
 }
 
-const (
-	// workerPoll is how long a worker is not asked again after poll(2) was interrupted.
-	workerPoll = 10 * time.Millisecond
-	// workerComm is what the kernel calls a worker process: see package filelock.
-	workerComm = "virtlockd-work\n"
-)
+// hangUp ends a connection that nobody goes on with: its cell has a copy, which would keep the peer waiting.
+func hangUp(v *vault.Vault, cell *vault.Cell, fd int) {
+	v.Release(cell)
+	_ = unix.Shutdown(fd, unix.SHUT_RDWR)
+	unix.Close(fd)
+}
 
 // reportRecovery tells those who look at us that this process has taken over from one that has died.
 func (d *daemon) reportRecovery(locks, clients int) {

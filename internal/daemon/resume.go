@@ -640,20 +640,19 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 		worker := vault.Worker(f.Cell.Word().Load())
 		switch {
 		case f.Client != nil:
-			if fds, err := f.Descriptors(); err == nil {
-				_ = unix.Shutdown(fds[0], unix.SHUT_RDWR)
-				for _, fd := range fds {
-					unix.Close(fd)
-				}
+			fds, err := f.Descriptors()
+			if err != nil {
+				v.Release(f.Cell) // its end comes with the last copy
+				continue
 			}
-			v.Release(f.Cell)
+			hangUp(v, f.Cell, fds[0])
+			for _, fd := range fds[1:] {
+				unix.Close(fd)
+			}
 		case f.Err != nil:
 			d.log.Error("live upgrade: something in the vault is not understood; it stays there", "cell", f.Cell.Index(), "error", f.Err)
 		case worker != 0:
-			go func() {
-				awaitWorker(worker)
-				v.Release(f.Cell)
-			}()
+			returnAfter(v, f.Cell, worker)
 		default:
 			d.log.Error("live upgrade: something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
 		}

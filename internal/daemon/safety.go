@@ -153,9 +153,6 @@ func (d *daemon) ownState() (s *state.Snapshot, fds []int) {
 	if d.pidFile != nil {
 		s.PIDFile = place(d.pidFile.FD())
 	}
-	s.Lock, s.Admin = d.lock.Snapshot(d.unlinksSocket), d.admin.Snapshot(d.unlinksSocket)
-	s.Lock.PriorityWorkers = d.adminProgram.PriorityWorkers(d.lock)
-	s.Admin.PriorityWorkers = d.adminProgram.PriorityWorkers(d.admin)
 	for _, server := range []*state.Server{s.Lock, s.Admin} {
 		server.Services = nil // systemd passes its own again
 	}

@@ -359,10 +359,6 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()
 	}
 	s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place)
-	s.Lock = d.lock.Snapshot(d.unlinksSocket)
-	s.Admin = d.admin.Snapshot(d.unlinksSocket)
-	s.Lock.PriorityWorkers = d.adminProgram.PriorityWorkers(d.lock)
-	s.Admin.PriorityWorkers = d.adminProgram.PriorityWorkers(d.admin)
 	clients := d.lock.Clients()
 	s.Lock.Clients = make([]state.Client, 0, len(clients))
 	for _, c := range clients {
@@ -391,7 +387,7 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	return s, nil
 }
 
-// settings returns a snapshot with what the daemon knows of itself: no descriptors, locks or clients.
+// settings returns a snapshot with what the daemon knows of itself: no locks or clients, and of descriptors the listening sockets.
 func (d *daemon) settings() *state.Snapshot {
 	s := &state.Snapshot{
 		PIDFile: state.NoFD, Vault: state.NoFD,
@@ -404,6 +400,9 @@ func (d *daemon) settings() *state.Snapshot {
 		s.Timeout = &timeout
 	}
 	d.saveLogSettings(s)
+	s.Lock, s.Admin = d.lock.Snapshot(d.unlinksSocket), d.admin.Snapshot(d.unlinksSocket)
+	s.Lock.PriorityWorkers = d.adminProgram.PriorityWorkers(d.lock)
+	s.Admin.PriorityWorkers = d.adminProgram.PriorityWorkers(d.admin)
 	return s
 }
 

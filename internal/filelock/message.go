@@ -143,19 +143,6 @@ func receiveMessage(socket int, data, oob []byte) (n, oobn int, err error) {
 	}
 }
 
-// passedFDs returns the descriptors in the control data of a message.
-func passedFDs(oob []byte) []int {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil || len(msgs) == 0 {
-		return nil
-	}
-	fds, err := unix.ParseUnixRights(&msgs[0])
-	if err != nil {
-		return nil
-	}
-	return fds
-}
-
 // awaitMessage waits until there is a message, or the other end is gone, but no
 // longer than limit.
 func awaitMessage(socket int, limit time.Duration) {

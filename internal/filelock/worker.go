@@ -53,6 +53,24 @@ func WorkerMain() {
 	unix.Exit(0)
 }
 
+// AwaitWorker waits until a worker process that an earlier daemon has left behind has ended, which it does by itself, but not before its
+// disk answers. It returns at once if no worker has that process id.
+func AwaitWorker(pid int) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(pidfd)
+	comm, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/comm")
+	if err != nil || strings.TrimSpace(string(comm)) != workerComm {
+		return
+	}
+	retry(func() error {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, -1)
+		return err
+	})
+}
+
 // closeStrays closes what the daemon itself inherited open from whoever
 // started it. What the Go runtime has opened stays.
 func closeStrays() {
@@ -109,7 +127,7 @@ func (w *work) serve() bool {
 		return false
 	}
 	r, ok := parseRequest(w.in[:n])
-	r.fds = passedFDs(w.rights[:oobn])
+	r.fds = vault.Passed(w.rights[:oobn])
 	if !ok || r.op == workLock && len(r.fds) != 1 || r.op == workShare && len(r.fds) < 2 {
 		return false
 	}

@@ -408,9 +408,6 @@ func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	r.phase = held
 	t.end(r)
 	if req.Owner.Dead() { // and what it held was given up meanwhile
-		if cell != nil {
-			t.stored++ // so that it can be taken back
-		}
 		t.unstore(r, cell)
 		return 0, ErrOwnerEnded
 	}
@@ -478,7 +475,7 @@ func (t *Table) dropHolder(r *resource, i int, why events.Reason) {
 	o, cell := r.holders[i].owner, r.holders[i].cell
 	t.report(events.Released, why, r, o, 0)
 	r.holders = slices.Delete(r.holders, i, i+1)
-	t.unstore(r, cell)
+	t.ended(r, cell)
 	of := t.byOwner[o]
 	j := slices.Index(of, r)
 	of[j] = of[len(of)-1]
@@ -656,7 +653,7 @@ func (t *Table) releaseHeld(o *owner.Owner) (busy *resource) {
 		}
 		for _, h := range gone {
 			t.report(events.Released, events.OwnerEnded, r, o, 0)
-			t.unstore(r, h.cell)
+			t.ended(r, h.cell)
 			o.Release()
 		}
 		all = append(all, r)

@@ -45,26 +45,25 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 // unstore takes a hold, which is no longer among r's, out of its cell. That of the last one goes with the lock.
 // t.mu is held; nothing here blocks.
 func (t *Table) unstore(r *resource, cell *vault.Cell) {
+	other := r.cell
+	if len(r.holders) > 0 {
+		other = r.holders[0].cell
+	} else if r.cell == nil {
+		r.cell = cell
+		return
+	}
+	if cell != nil && r.lock.Forget(cell, other) {
+		t.vault.Load().Return(cell)
+	}
+}
+
+// ended counts a hold that has ended, and takes it out of its cell. t.mu is held.
+func (t *Table) ended(r *resource, cell *vault.Cell) {
 	t.dropped++
 	if cell != nil {
 		t.stored--
 	}
-	switch {
-	case cell == nil:
-	case len(r.holders) == 0 && r.cell == nil:
-		r.cell = cell
-	case len(r.holders) == 0:
-		t.dropCell(r, cell, r.cell)
-	default:
-		t.dropCell(r, cell, r.holders[0].cell)
-	}
-}
-
-// dropCell takes one of several holds out of its cell and gives that back.
-func (t *Table) dropCell(r *resource, cell, other *vault.Cell) {
-	if r.lock.Forget(cell, other) {
-		t.vault.Load().Return(cell)
-	}
+	t.unstore(r, cell)
 }
 
 // storeSpace stores that there is a lockspace. Nothing here blocks.

@@ -165,7 +165,7 @@ func (c *Cell) first(n int) ([]int, error) {
 	if errno != 0 {
 		return nil, os.NewSyscallError("recvmsg", errno)
 	}
-	fds := passed(oob[:oobn])
+	fds := Passed(oob[:oobn])
 	if len(fds) < n {
 		for _, fd := range fds {
 			unix.Close(fd)
@@ -191,7 +191,7 @@ func (c *Cell) All() ([]int, error) {
 	default:
 		return nil, os.NewSyscallError("recvmsg", err)
 	}
-	fds := passed(oob[:n])
+	fds := Passed(oob[:n])
 	if flags&unix.MSG_CTRUNC != 0 || len(fds) == 0 {
 		for _, fd := range fds {
 			unix.Close(fd)
@@ -277,8 +277,8 @@ func receive(fd int, data, oob []byte, flags int) (n, oobn int, errno syscall.Er
 	}
 }
 
-// passed returns the descriptors in the control data of a message.
-func passed(oob []byte) []int {
+// Passed returns the descriptors in the control data of a message.
+func Passed(oob []byte) []int {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	if err != nil || len(messages) == 0 {
 		return nil

@@ -66,25 +66,28 @@ func New() (*Vault, error) {
 	// Without privilege the usual size has to do: some ten thousand cells.
 	_ = unix.SetsockoptInt(root.FD(), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, rootBuffer)
 	v := &Vault{root: root}
-	fd, err := unix.MemfdCreate("virtlockd-vault", unix.MFD_CLOEXEC)
-	if err != nil {
-		root.Close()
-		return nil, fmt.Errorf("make a vault: %w", os.NewSyscallError("memfd_create", err))
-	}
-	defer unix.Close(fd)
-	// Sparse: pages that were never written take no memory.
-	if err := unix.Ftruncate(fd, int64(unsafe.Sizeof(*v.words))); err != nil {
-		root.Close()
-		return nil, fmt.Errorf("make a vault: %w", os.NewSyscallError("ftruncate", err))
-	}
-	if err = v.mapWords(fd); err == nil {
-		err = root.Put(rootRecord(0, 1), fd)
-	}
-	if err != nil {
+	if err := v.makeWords(); err != nil {
 		root.Close()
 		return nil, fmt.Errorf("make a vault: %w", err)
 	}
 	return v, nil
+}
+
+// makeWords makes the memory file and puts it into the root.
+func (v *Vault) makeWords() error {
+	fd, err := unix.MemfdCreate("virtlockd-vault", unix.MFD_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("memfd_create", err)
+	}
+	defer unix.Close(fd)
+	// Sparse: pages that were never written take no memory.
+	if err := unix.Ftruncate(fd, int64(unsafe.Sizeof(*v.words))); err != nil {
+		return os.NewSyscallError("ftruncate", err)
+	}
+	if err := v.mapWords(fd); err != nil {
+		return err
+	}
+	return v.root.Put(rootRecord(0, 1), fd)
 }
 
 func (v *Vault) mapWords(fd int) error {
