@@ -318,3 +318,17 @@ func Within(d time.Duration, cond func() bool) bool {
 		}
 	}
 }
+
+// Number returns the number in the environment variable name, or usual without one: how long a test is to go on.
+func Number(t testing.TB, name string, usual int) int {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return usual
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
+}

@@ -8,11 +8,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
+	"virtlockd/test/host"
 	"virtlockd/test/wire"
 )
 
@@ -56,6 +59,33 @@ func (c *Clients) Err() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return errors.Join(c.errs...)
+}
+
+// Storm kills the daemon n times, at any instant: mostly while it serves, sometimes in the midst of its start and recovery. pid returns
+// the daemon's process, 0 if there is none just now.
+func (c *Clients) Storm(n int, pid func() int, kill func(pid int) error) error {
+	before := 0
+	for range n {
+		now := 0
+		if !host.Eventually(func() bool { now = pid(); return now > 0 && now != before }) {
+			return fmt.Errorf("there is no daemon after process %d", before)
+		}
+		before = now
+		if rand.IntN(4) > 0 {
+			answered := c.Requests.Load()
+			if !host.Eventually(func() bool { return c.Requests.Load() > answered+32 }) {
+				return fmt.Errorf("process %d does not serve", now)
+			}
+		}
+		time.Sleep(time.Duration(rand.IntN(20_000)) * time.Microsecond)
+		if err := kill(now); err != nil {
+			return err
+		}
+		if err := c.Err(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Stop lets all clients come to their end, with nothing held, and returns Err.

@@ -5,8 +5,6 @@ package systemd
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"os"
 	"strconv"
 	"syscall"
 	"testing"
@@ -23,13 +21,7 @@ const noOne = 0x70000000
 // Kills at any instant, under load and under systemd, lose no lock and no answer, and leave no lock for nobody.
 func TestKillStorm(t *testing.T) {
 	t.Parallel()
-	n := 300
-	if v := os.Getenv("KILLS"); v != "" {
-		var err error
-		if n, err = strconv.Atoi(v); err != nil {
-			t.Fatal(err)
-		}
-	}
+	n := host.Number(t, "KILLS", 300)
 	m := Boot(t, Options{})
 	m.Systemctl("start", Service)
 	c := newCrowd(m)
@@ -43,24 +35,12 @@ func TestKillStorm(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	}, func(k int) string { return fmt.Sprint(Data, "/load", k) })
-	before, begin := 0, time.Now()
-	for done := 0; done < n && clients.Err() == nil; done++ {
-		var pid int
-		if !host.Eventually(func() bool { pid = m.MainPID(); return pid > 0 && pid != before }) {
-			t.Fatal("systemd starts no other daemon")
-		}
-		before = pid
-		// Most come while it serves, some in the midst of its start and recovery.
-		if rand.IntN(4) > 0 {
-			answered := clients.Requests.Load()
-			if !host.Eventually(func() bool { return clients.Requests.Load() > answered+32 }) {
-				t.Fatal("it does not serve")
-			}
-		}
-		time.Sleep(time.Duration(rand.IntN(20_000)) * time.Microsecond)
-		if out, err := m.Run("kill", "-KILL", strconv.Itoa(pid)); err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
+	begin := time.Now()
+	if err := clients.Storm(n, m.MainPID, func(pid int) error {
+		_, err := m.Run("kill", "-KILL", strconv.Itoa(pid))
+		return err
+	}); err != nil {
+		t.Fatal(err)
 	}
 	took := time.Since(begin)
 	if err := clients.Stop(); err != nil {

@@ -4,7 +4,6 @@ package upgrade
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -18,18 +17,6 @@ import (
 	"virtlockd/test/survivor"
 	"virtlockd/test/wire"
 )
-
-// kills is how many a storm has.
-func kills(t testing.TB) int {
-	t.Helper()
-	v := os.Getenv("KILLS")
-	if v == "" {
-		return 300
-	}
-	n, err := strconv.Atoi(v)
-	must(t, err)
-	return n
-}
 
 // startKept starts a daemon with a keeper, which is the process that the test knows.
 func startKept(t testing.TB, args ...string) *machine {
@@ -79,20 +66,8 @@ func TestKillStorm(t *testing.T) {
 	outside := m.startChecker(locks.paths...)
 	clients := survivor.Start(32, noOne+200, func() (*wire.Conn, error) { return m.TryDial("lock") },
 		func(k int) string { return fmt.Sprint(host.Data, "/load", k) })
-	n, begin := kills(t), time.Now()
-	before := 0
-	for done := 0; done < n && clients.Err() == nil; done++ {
-		var pid int
-		eventually(t, "there is another daemon", func() bool { pid = m.kept(); return pid > 0 && pid != before })
-		before = pid
-		// Most come while it serves, some in the midst of its start and recovery.
-		if rand.IntN(4) > 0 {
-			answered := clients.Requests.Load()
-			eventually(t, "it serves", func() bool { return clients.Requests.Load() > answered+32 })
-		}
-		time.Sleep(time.Duration(rand.IntN(20_000)) * time.Microsecond)
-		must(t, unix.Kill(pid, unix.SIGKILL))
-	}
+	n, begin := host.Number(t, "KILLS", 300), time.Now()
+	must(t, clients.Storm(n, m.kept, func(pid int) error { return unix.Kill(pid, unix.SIGKILL) }))
 	took := time.Since(begin)
 	must(t, clients.Stop())
 	seen, polls := outside.end(t)

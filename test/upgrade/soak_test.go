@@ -39,12 +39,7 @@ func countsOf(t testing.TB, pid int) (c counts) {
 // Work leaves nothing behind: pairs, connections that come and go, owners that are killed with their locks, crash safety on. SOAK is the number
 // of pairs.
 func TestSoak(t *testing.T) {
-	pairs := 20_000
-	if v := os.Getenv("SOAK"); v != "" {
-		var err error
-		pairs, err = strconv.Atoi(v)
-		must(t, err)
-	}
+	pairs := host.Number(t, "SOAK", 20_000)
 	m := startKept(t)
 	const clients = 8
 	run := func(pairs int) {

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,18 +21,6 @@ import (
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
 )
-
-// upgrades is how many a storm has.
-func upgrades(t testing.TB) int {
-	t.Helper()
-	v := os.Getenv("UPGRADES")
-	if v == "" {
-		return 100
-	}
-	n, err := strconv.Atoi(v)
-	must(t, err)
-	return n
-}
 
 // held are locks that somebody has for the whole time.
 type held struct {
@@ -331,7 +318,7 @@ func TestStorm(t *testing.T) {
 	before := m.descriptors()
 	outside := m.startChecker(locks.paths...)
 	l := m.startLoad()
-	n := upgrades(t)
+	n := host.Number(t, "UPGRADES", 100)
 	begin := time.Now()
 	for range n {
 		m.usr1()
