@@ -78,6 +78,9 @@ func (t *tool) statusLines(s *inspect.Status) []string {
 		line("", "%s", t.paint(red, fmt.Sprintf("%s %s%s: no answer for %s", clean(c.Op), clean(string(c.Path)), where, age(c.Since, s.Now))))
 	}
 	line("events", "%s", countsText(s.Counts))
+	if s.Unstored > 0 {
+		line("not stored", "%s", t.paint(yellow, fmt.Sprintf("%d times a lock or connection could not be made crash-safe; the log says why", s.Unstored)))
+	}
 	if s.LogDropped > 0 {
 		line("log", "%s", t.paint(yellow, fmt.Sprintf("%d messages were lost", s.LogDropped)))
 	}

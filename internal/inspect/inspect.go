@@ -97,6 +97,7 @@ type Status struct {
 	Calls     []Call `json:"calls"`
 	CallCount int    `json:"call_count"`
 
+	Unstored   uint64  `json:"unstored"`    // how often a lock or connection could not be made crash-safe
 	LogDropped uint64  `json:"log_dropped"` // lines that no log output took
 	Counts     []Count `json:"counts"`      // of events, since Serving
 	LastEvent  uint64  `json:"last_event"`  // its number

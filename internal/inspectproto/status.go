@@ -20,10 +20,12 @@ func (p *reader) status() *inspect.Status {
 		LogDropped: p.cfg.Dropped(),
 		LastEvent:  p.cfg.Events.Last(),
 	}
+	s.Unstored = p.cfg.Table.Unstored()
 	s.CrashSafe, s.CrashSafeReason, s.Locks.CrashSafe = p.cfg.Safe()
 	s.Lockspaces, s.Locks.Exclusive, s.Locks.Shared = p.cfg.Table.Counts()
 	s.Workers.All, s.Workers.Busy = p.cfg.Files.Workers()
 	for _, server := range p.cfg.Servers() {
+		s.Unstored += server.Unstored()
 		s.Servers = append(s.Servers, inspect.Server{
 			Name: server.Name(), Clients: server.Count(), MaxClients: server.Limits().MaxClients,
 		})

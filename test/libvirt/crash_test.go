@@ -16,25 +16,12 @@ import (
 // is done with them works afterwards, over the connections from before.
 func TestLockDaemonDies(t *testing.T) {
 	t.Parallel()
-	for _, kind := range bothLockspaces {
-		t.Run(kind, func(t *testing.T) {
-			t.Parallel()
-			h, err := vmhost.Start(hostOptions("dies-"+kind, kind))
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				if err := h.Close(); err != nil {
-					t.Error(err)
-				}
-			})
-			m := onHost(t, h, ours, kind, "dies")
-			m.startDaemon(vmhost.Logd, "/usr/sbin/virtlogd")
-			m.run(ours.path, "-d")
-			m.startDaemon(vmhost.Libvirtd, "/usr/sbin/libvirtd")
-			lockDaemonDies(m)
-		})
-	}
+	onEachKind(t, "dies", ours, func(m *machine) {
+		m.startDaemon(vmhost.Logd, "/usr/sbin/virtlogd")
+		m.run(ours.path, "-d")
+		m.startDaemon(vmhost.Libvirtd, "/usr/sbin/libvirtd")
+		lockDaemonDies(m)
+	})
 }
 
 // lockOf is the file, as the test sees it, whose lock is a disk's.

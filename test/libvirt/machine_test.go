@@ -78,6 +78,25 @@ func onHost(t *testing.T, h *vmhost.Host, d daemon, kind, slug string) *machine 
 	return m
 }
 
+// onEachKind runs a test on a host of its own for each kind of lockspace. Nothing runs there yet.
+func onEachKind(t *testing.T, name string, d daemon, test func(m *machine)) {
+	for _, kind := range bothLockspaces {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			h, err := vmhost.Start(hostOptions(name+"-"+kind, kind))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				if err := h.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+			test(onHost(t, h, d, kind, name))
+		})
+	}
+}
+
 // cleanUp ends the test's guests, and shows the logs if the test has failed.
 func (m *machine) cleanUp() {
 	ctx := context.Background() // the test's own is done

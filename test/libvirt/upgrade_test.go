@@ -19,26 +19,13 @@ const lockdLink = "/run/lockd"
 // whatever is done with them works after each step.
 func TestLiveUpgrade(t *testing.T) {
 	t.Parallel()
-	for _, kind := range bothLockspaces {
-		t.Run(kind, func(t *testing.T) {
-			t.Parallel()
-			h, err := vmhost.Start(hostOptions("upgrade-"+kind, kind))
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				if err := h.Close(); err != nil {
-					t.Error(err)
-				}
-			})
-			m := onHost(t, h, reference, kind, "upgrade")
-			m.turn(reference)
-			if err := h.StartAll(t.Context(), lockdLink); err != nil {
-				t.Fatal(err)
-			}
-			liveUpgrade(m)
-		})
-	}
+	onEachKind(t, "upgrade", reference, func(m *machine) {
+		m.turn(reference)
+		if err := m.host.StartAll(m.Context(), lockdLink); err != nil {
+			m.Fatal(err)
+		}
+		liveUpgrade(m)
+	})
 }
 
 // turn makes lockdLink lead to a daemon.

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package lockspace
+
+import (
+	"strings"
+	"testing"
+
+	"virtlockd/internal/owner"
+	"virtlockd/internal/vault"
+)
+
+// What can't be stored is held all the same, and counted; what is stored is so until its release.
+func TestStored(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	v, err := vault.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.GiveUp()
+	f.SetVault(v)
+	o := f.number()
+	defer o.Release()
+	// No message of a socket has room for such a name.
+	long, err := f.owners.Named(&owner.Details{PID: f.pid + 1, Name: strings.Repeat("x", 1<<20)}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer long.Release()
+	alone, both, lost := f.touch("alone"), f.touch("both"), f.touch("lost")
+	f.want("alone", f.acquire(alone, 0, o), nil)
+	f.want("both", f.acquire(both, Shared, o), nil)
+	f.want("both again", f.acquire(both, Shared, o), nil)
+	f.want("lost", f.acquire(lost, 0, long), nil)
+	check := func(unstored uint64, held, stored int) {
+		t.Helper()
+		if u, h, s := f.Unstored(), f.Held(), f.Stored(); u != unstored || h != held || s != stored {
+			t.Errorf("%d could not be stored, %d are held, %d holds are stored; want %d, %d, %d", u, h, s, unstored, held, stored)
+		}
+		if _, used := v.Size(); used != stored {
+			t.Errorf("%d cells are in use for %d holds", used, stored)
+		}
+	}
+	check(1, 3, 3)
+	f.want("release of one of two", f.release(both, o), nil)
+	check(1, 3, 2)
+	f.want("release of the other", f.release(both, o), nil)
+	f.want("release", f.release(alone, o), nil)
+	f.want("release of what is not stored", f.release(lost, long), nil)
+	check(1, 0, 0)
+}
