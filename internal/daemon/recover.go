@@ -190,9 +190,7 @@ func (r *recovery) owner(o state.Owner) int32 {
 
 // hasEnded tells whether the process of a pidfd has.
 func hasEnded(pidfd int32) bool {
-	fds := []unix.PollFd{{Fd: pidfd, Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, 0)
-	return err == nil && n == 1
+	return pollNow(int(pidfd), unix.POLLIN) != 0
 }
 
 // client takes a connection over, or notes that it ends: one whose last request is not answered, as far as can be told, is

@@ -247,9 +247,7 @@ func endedMeanwhile(s *state.Snapshot, from *state.Owner, o *owner.Owner) bool {
 		if err != nil || cred.Pid != from.PID {
 			return false
 		}
-		fds := []unix.PollFd{{Fd: c.FD}}
-		n, err := unix.Poll(fds, 0)
-		return err == nil && n == 1 && fds[0].Revents&unix.POLLHUP != 0
+		return pollNow(int(c.FD), 0)&unix.POLLHUP != 0
 	})
 }
 

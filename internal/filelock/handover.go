@@ -423,7 +423,10 @@ func isCell(fd int) error {
 		return err
 	}
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	if n, err := unix.Poll(fds, 0); kind != unix.SOCK_DGRAM || err != nil || n != 1 || fds[0].Revents != unix.POLLIN {
+	if err := retry(func() error { _, err := unix.Poll(fds, 0); return err }); err != 0 {
+		return err
+	}
+	if kind != unix.SOCK_DGRAM || fds[0].Revents != unix.POLLIN {
 		return errors.New("it is not a socket that a locked file lies in")
 	}
 	return nil
