@@ -151,6 +151,8 @@ func (l *Lock) openDirect(o *op, dir int, create bool) (fd int, out outcome, dev
 		return fd, done, "", nil
 	case unix.ELOOP:
 		return -1, atLink, "", nil
+	case unix.EAGAIN:
+		return -1, toWorker, "", nil
 	}
 	return -1, done, "", &Error{OpOpen, l.path, errno}
 }

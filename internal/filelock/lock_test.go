@@ -282,3 +282,39 @@ func TestReleaseUnlinks(t *testing.T) {
 		}
 	})
 }
+
+// A process that has a lease on a file is given /proc/sys/fs/lease-break-time to give it back, and who opens
+// the file waits for that. It must not be this process.
+func TestLeasedFile(t *testing.T) {
+	t.Parallel()
+	for _, create := range []bool{false, true} {
+		f := newFiles(t, Config{})
+		path := makeFile(t, t.TempDir()+"/disk", "")
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			t.Fatal(err)
+		}
+		locked := make(chan *Lock)
+		go func() {
+			l, err := f.Lock(path, Exclusive, create)
+			if err != nil {
+				t.Error(err)
+			}
+			locked <- l
+		}()
+		eventually(t, "a worker waits for the lease", func() bool {
+			calls := f.InFlight()
+			return len(calls) == 1 && calls[0].Worker != 0
+		})
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(fd)
+		if l := <-locked; l != nil {
+			mustRelease(t, l, "")
+		}
+	}
+}

@@ -130,11 +130,12 @@ func (s *scratch) statAt(dir int) (fileInfo, syscall.Errno) {
 }
 
 // openAt opens the name in the directory dir for reading and writing, and no
-// symbolic link.
+// symbolic link. EAGAIN: a process has a lease on the file (F_SETLEASE in fcntl(2)), and the
+// kernel would wait until that is given back.
 func (s *scratch) openAt(dir int, flags uintptr) (int, syscall.Errno) {
 	for {
 		fd, _, errno := unix.Syscall6(unix.SYS_OPENAT, uintptr(dir), uintptr(unsafe.Pointer(s.name)),
-			openFlags|unix.O_NOFOLLOW|flags, fileMode, 0, 0)
+			openFlags|unix.O_NOFOLLOW|unix.O_NONBLOCK|flags, fileMode, 0, 0)
 		if errno != unix.EINTR {
 			return int(fd), errno
 		}
