@@ -91,9 +91,18 @@ func InOurPIDNamespace(pid int32) bool {
 	if err != nil {
 		return false
 	}
-	ours, err := pidNamespace("self")
-	return err == nil && ours == theirs
+	ours := ourNamespace.Load()
+	if ours == 0 {
+		if ours, err = pidNamespace("self"); err != nil {
+			return false
+		}
+		ourNamespace.Store(ours)
+	}
+	return ours == theirs
 }
+
+// ourNamespace is this process's own, which never changes (pid_namespaces(7)); 0: not asked yet.
+var ourNamespace atomic.Uint64
 
 // The kill sequence of a guest that has hung up but still runs: the C daemon's
 // times, so that management software sees what it is used to.
