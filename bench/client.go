@@ -26,6 +26,7 @@ type client struct {
 	acquire, release []byte // whole frames
 	held             bool   // the next request is release
 	began            int64  // of a pair, in ns
+	poll             unix.PollFd
 	in               [256]byte
 }
 
@@ -77,6 +78,7 @@ func (c *client) send(b []byte) error {
 }
 
 var (
+	errSilent = errors.New("the daemon does not answer")
 	errClosed = errors.New("the daemon closed the connection")
 	errRefuse = errors.New("the daemon answered a request by an error")
 )
@@ -84,7 +86,17 @@ var (
 // recv reads a reply. All those that are measured are a header without payload.
 func (c *client) recv() error {
 	for have := 0; ; {
-		n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(c.fd), uintptr(unsafe.Pointer(&c.in[have])), uintptr(wire.HeaderLen-have), 0, 0, 0)
+		c.poll = unix.PollFd{Fd: int32(c.fd), Events: unix.POLLIN}
+		n, _, errno := unix.RawSyscall(unix.SYS_POLL, uintptr(unsafe.Pointer(&c.poll)), 1, uintptr(patience.Milliseconds()))
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno != 0:
+			return os.NewSyscallError("poll", errno)
+		case n == 0:
+			return errSilent
+		}
+		n, _, errno = unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(c.fd), uintptr(unsafe.Pointer(&c.in[have])), uintptr(wire.HeaderLen-have), 0, 0, 0)
 		switch {
 		case errno == unix.EINTR:
 			continue
