@@ -93,6 +93,46 @@ func open(record []byte) (kind Kind, fds int, fields xdr.Decoder, err error) {
 	return Kind(record[offKind]), int(record[offFDs]), xdr.NewDecoder(record[headerSize:]), nil
 }
 
+// wordsIndex stands for the memory file with the words in a record of the root, where cells have their indexes.
+const wordsIndex = 0
+
+// rootRecord says what a message in the root has, by indexes: runs of them, each as its first one and how many.
+func rootRecord(indexes []int) []byte {
+	b := begin(nil, KindRoot, len(indexes))
+	for len(indexes) > 0 {
+		n := 1
+		for n < len(indexes) && indexes[n] == indexes[0]+n {
+			n++
+		}
+		b = xdr.AppendUint32(b, uint32(indexes[0]))
+		b = xdr.AppendUint32(b, uint32(n))
+		indexes = indexes[n:]
+	}
+	return seal(b)
+}
+
+// openRoot returns the indexes in a message of the root.
+func openRoot(m []byte) ([]int, error) {
+	kind, n, d, err := open(m)
+	if err != nil {
+		return nil, err
+	}
+	if kind != KindRoot || n > MaxFDs {
+		return nil, ErrBroken
+	}
+	indexes := make([]int, 0, n)
+	for len(indexes) < n {
+		first, count := int(d.Uint32()), int(d.Uint32())
+		if d.Err() != nil || count == 0 || count > n-len(indexes) || first+count > maxCells {
+			return nil, ErrBroken
+		}
+		for i := range count {
+			indexes = append(indexes, first+i)
+		}
+	}
+	return indexes, nil
+}
+
 // Origin names the request that a hold was acquired by: the n-th of a client.
 type Origin struct{ Client, Request uint64 }
 

@@ -15,14 +15,10 @@ import (
 //
 // Errors: ErrTruncated, ErrVersion, ErrBroken, or what the kernel says.
 func Open(root int) (_ *Vault, err error) {
-	v := &Vault{root: At(root)}
+	v := &Vault{root: At(root), memory: -1}
 	defer func() {
 		if err != nil {
-			for _, c := range v.cells {
-				if c != nil {
-					c.Close()
-				}
-			}
+			v.close()
 			err = fmt.Errorf("open the vault: %w", err)
 		}
 	}()
@@ -65,39 +61,28 @@ func reserve(fd, n int) {
 	}
 }
 
-// openBatch opens what a message in the root has, which begins so many bytes behind the first one.
+// openBatch opens what a message in the root has, which begins so many bytes behind the first one. Of two that name a cell
+// the later one counts: see shrink.
 func (v *Vault) openBatch(m []byte, at int) error {
-	kind, n, d, err := open(m)
+	indexes, err := openRoot(m)
 	if err != nil {
 		return err
 	}
-	base, count := int(d.Uint32()), int(d.Uint32())
-	if kind != KindRoot || d.Err() != nil || count != n || count > MaxFDs || base+count > maxCells {
-		return ErrBroken
-	}
-	fds, err := v.root.peekAt(at, n)
+	fds, err := v.root.peekAt(at, len(indexes))
 	if err != nil {
 		return err
-	}
-	if base == 0 {
-		defer func() {
-			for _, fd := range fds {
-				unix.Close(fd)
-			}
-		}()
-		if n != 1 {
-			return ErrBroken
-		}
-		return v.mapWords(fds[0])
 	}
 	for i, fd := range fds {
-		index := base + i
-		for len(v.cells) < index {
-			v.cells = append(v.cells, nil)
+		switch index := indexes[i]; {
+		case index != wordsIndex:
+			v.enter(&Cell{fd: int32(fd), index: uint32(index)})
+		case v.words == nil && err == nil:
+			err = v.mapWords(fd)
+		default: // the same file again
+			unix.Close(fd)
 		}
-		v.cells[index-1] = &Cell{fd: int32(fd), index: uint32(index)}
 	}
-	return nil
+	return err
 }
 
 // Found is what lies in a cell. One of the pointers is set, or Err; none where nothing lies in a cell that a worker process of an
@@ -159,6 +144,7 @@ func (v *Vault) contents(of func(*Cell) bool) ([]Found, error) {
 		all = append(all, f)
 	}
 	slices.Reverse(all)
+	v.watch() // the process before this one may have had more to do
 	return all, nil
 }
 

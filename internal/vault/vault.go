@@ -9,7 +9,7 @@
 // two can't come apart; to release is one recvmsg(2), after which the kernel has no reference to the file left.
 //
 // The cells' own descriptors lie in the queue of the *root*, a cell too, which is written only when the pool of
-// cells grows. The root is all that has to be kept open by somebody else: the service manager's descriptor
+// cells grows or shrinks. The root is all that has to be kept open by somebody else: the service manager's descriptor
 // store, or our keeper. Beside each cell there is a word in a memory file, which lies in the root as well, for
 // what changes with each request.
 //
@@ -31,8 +31,6 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"virtlockd/internal/xdr"
 )
 
 const (
@@ -47,14 +45,18 @@ const (
 
 // Vault is a set of cells that outlives the process if somebody else keeps its root open.
 type Vault struct {
-	root  *Cell
-	words *[maxCells]atomic.Uint64 // by Cell.index; a mapping of the memory file, never unmapped
+	root   *Cell
+	memory int                      // the memory file
+	words  *[maxCells]atomic.Uint64 // by Cell.index; a mapping of it, never unmapped
 
-	grow sync.Mutex // taken before mu by whoever makes cells
+	grow sync.Mutex // taken before mu by whoever changes the root and which cells there are
 
-	mu    sync.Mutex // never held over a system call that can block
-	cells []*Cell    // cells[i] has the index i+1; nil: it could not be opened again
-	free  []*Cell    // empty ones
+	mu      sync.Mutex // never held over a system call that can block
+	cells   []*Cell    // cells[i] has the index i+1; nil: there is none
+	count   int        // of cells
+	free    []*Cell    // empty ones, of which the last is taken first
+	idle    int        // how many of the first free ones were not taken since watch
+	watched bool       // shrink will be called
 }
 
 // New makes an empty vault.
@@ -65,8 +67,9 @@ func New() (*Vault, error) {
 	}
 	// Without privilege the usual size has to do: some ten thousand cells.
 	_ = unix.SetsockoptInt(root.FD(), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, rootBuffer)
-	v := &Vault{root: root}
+	v := &Vault{root: root, memory: -1}
 	if err := v.makeWords(); err != nil {
+		v.close()
 		root.Close()
 		return nil, fmt.Errorf("make a vault: %w", err)
 	}
@@ -79,32 +82,26 @@ func (v *Vault) makeWords() error {
 	if err != nil {
 		return os.NewSyscallError("memfd_create", err)
 	}
-	defer unix.Close(fd)
 	// Sparse: pages that were never written take no memory.
 	if err := unix.Ftruncate(fd, int64(unsafe.Sizeof(*v.words))); err != nil {
+		unix.Close(fd)
 		return os.NewSyscallError("ftruncate", err)
 	}
 	if err := v.mapWords(fd); err != nil {
 		return err
 	}
-	return v.root.Put(rootRecord(0, 1), fd)
+	return v.root.Put(rootRecord([]int{wordsIndex}), fd)
 }
 
+// mapWords takes the memory file over.
 func (v *Vault) mapWords(fd int) error {
+	v.memory = fd
 	p, err := unix.MmapPtr(fd, 0, nil, unsafe.Sizeof(*v.words), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return os.NewSyscallError("mmap", err)
 	}
 	v.words = (*[maxCells]atomic.Uint64)(p)
 	return nil
-}
-
-// rootRecord says which cells a message in the root has: n of them, from the index base on. base 0: the memory
-// file with the words.
-func rootRecord(base, n int) []byte {
-	b := begin(nil, KindRoot, n)
-	b = xdr.AppendUint32(b, uint32(base))
-	return seal(xdr.AppendUint32(b, uint32(n)))
 }
 
 // Root returns the descriptor that somebody else has to keep open. It stays the vault's.
@@ -124,7 +121,7 @@ func (v *Vault) Cell(index uint32) *Cell {
 func (v *Vault) Size() (cells, used int) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return len(v.cells), len(v.cells) - len(v.free)
+	return v.count, v.count - len(v.free)
 }
 
 // Take returns an empty cell whose word is 0. Release it.
@@ -152,6 +149,7 @@ func (v *Vault) pop() *Cell {
 	}
 	c := v.free[n-1]
 	v.free = v.free[:n-1]
+	v.idle = min(v.idle, n-1)
 	return c
 }
 
@@ -160,8 +158,10 @@ var errFull = errors.New("it has as many cells as there can be")
 
 // add makes a batch of cells. v.grow is held.
 func (v *Vault) add() (err error) {
-	n := len(v.cells) // only whoever holds grow changes it
-	batch := make([]*Cell, 0, min(max(n, minBatch), maxBatch))
+	n := min(max(v.count, minBatch), maxBatch) // only whoever holds grow changes it
+	batch := make([]*Cell, 0, n)
+	indexes := make([]int, 0, n)
+	fds := make([]int, 0, n)
 	defer func() {
 		if err != nil {
 			for _, c := range batch {
@@ -169,11 +169,13 @@ func (v *Vault) add() (err error) {
 			}
 		}
 	}()
-	fds := make([]int, 0, cap(batch))
-	if n+cap(batch) >= maxCells {
+	if v.count+n >= maxCells {
 		return errFull
 	}
-	for range cap(batch) {
+	for index := 1; len(batch) < n; index++ {
+		if index <= len(v.cells) && v.cells[index-1] != nil {
+			continue
+		}
 		c, err := NewCell()
 		if err != nil {
 			if len(batch) > 0 {
@@ -181,20 +183,36 @@ func (v *Vault) add() (err error) {
 			}
 			return err
 		}
-		c.index = uint32(n + len(batch) + 1)
-		c.word = &v.words[c.index]
+		c.index = uint32(index)
+		c.word = &v.words[index]
 		c.word.Store(0)
 		batch = append(batch, c)
+		indexes = append(indexes, index)
 		fds = append(fds, c.FD())
 	}
-	if err := v.root.Put(rootRecord(n+1, len(batch)), fds...); err != nil {
+	if err := v.root.Put(rootRecord(indexes), fds...); err != nil {
 		return err
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.cells = append(v.cells, batch...)
+	for _, c := range batch {
+		v.enter(c)
+	}
 	v.free = append(v.free, batch...)
 	return nil
+}
+
+// enter makes a cell one of the vault's, in place of another one of its index. v.mu is held, or nobody else has the vault yet.
+func (v *Vault) enter(c *Cell) {
+	for len(v.cells) < int(c.index) {
+		v.cells = append(v.cells, nil)
+	}
+	if other := v.cells[c.index-1]; other != nil {
+		other.Close()
+	} else {
+		v.count++
+	}
+	v.cells[c.index-1] = c
 }
 
 // Store puts a record with descriptors into a cell of its own.
@@ -231,6 +249,7 @@ func (v *Vault) Return(c *Cell) {
 	c.word.Store(0)
 	v.mu.Lock()
 	v.free = append(v.free, c)
+	v.watch()
 	v.mu.Unlock()
 }
 
@@ -267,15 +286,29 @@ func (v *Vault) StoreDaemon(cell *Cell, d *Daemon) (*Cell, error) {
 // GiveUp empties and closes all cells and the root. The descriptors in them are closed, but for copies elsewhere. The
 // vault is not usable afterwards, while words may still be written to.
 func (v *Vault) GiveUp() {
+	v.grow.Lock()
+	defer v.grow.Unlock()
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, c := range v.cells {
 		if c != nil {
 			c.Empty()
+		}
+	}
+	v.close()
+	v.root.Empty()
+	v.root.Close()
+}
+
+// close closes our descriptors of everything but the root, in which it stays.
+func (v *Vault) close() {
+	for _, c := range v.cells {
+		if c != nil {
 			c.Close()
 		}
 	}
-	v.cells, v.free = nil, nil
-	v.root.Empty()
-	v.root.Close()
+	if v.memory >= 0 {
+		unix.Close(v.memory)
+	}
+	v.cells, v.free, v.count, v.idle, v.memory = nil, nil, 0, 0, -1
 }

@@ -40,11 +40,9 @@ func reopened(t testing.TB, v *Vault) *Vault {
 	return again
 }
 
-// closeTable closes the cells' descriptors, as the end of a process does.
+// closeTable closes the vault's descriptors, as the end of a process does.
 func closeTable(v *Vault) {
-	for _, c := range v.cells {
-		c.Close()
-	}
+	v.close()
 	v.root.Close()
 }
 
