@@ -336,7 +336,9 @@ func (d *daemon) settleRecovery(r *recovery) {
 func returnAfter(v *vault.Vault, cell *vault.Cell, worker int) {
 	go func() {
 		filelock.AwaitWorker(worker)
-		v.Release(cell)
+		if v.Cell(cell.Index()) == cell { // else the vault was given up meanwhile, and the descriptor is somebody else's
+			v.Release(cell)
+		}
 	}()
 }
 
