@@ -73,8 +73,7 @@ func (c *Client) keep() {
 	if c.cell != nil {
 		err = v.ReplaceClient(c.cell, &into)
 	} else {
-		c.cell, err = v.StoreClient(&into)
-		c.phase(c.request, phaseReading)
+		c.cell, err = v.StoreClient(&into, c.request<<phaseBits|phaseReading)
 	}
 	if err != nil {
 		c.server.unstored.Add(1)

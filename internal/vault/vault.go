@@ -216,11 +216,15 @@ func (v *Vault) enter(c *Cell) {
 }
 
 // Store puts a record with descriptors into a cell of its own.
-func (v *Vault) Store(record []byte, fds ...int) (*Cell, error) {
+func (v *Vault) Store(record []byte, fds ...int) (*Cell, error) { return v.store(0, record, fds...) }
+
+// store sets the cell's word first: who finds the record finds that too.
+func (v *Vault) store(word uint64, record []byte, fds ...int) (*Cell, error) {
 	c, err := v.Take()
 	if err != nil {
 		return nil, err
 	}
+	c.word.Store(word)
 	if err := c.Put(record, fds...); err != nil {
 		v.Release(c)
 		return nil, fmt.Errorf("the vault cannot take more: %w", err)
@@ -253,10 +257,10 @@ func (v *Vault) Return(c *Cell) {
 	v.mu.Unlock()
 }
 
-// StoreClient stores a connection; its descriptor and the peer's pidfd stay the caller's.
-func (v *Vault) StoreClient(c *Client) (*Cell, error) {
+// StoreClient stores a connection, with what its word is to be; its descriptor and the peer's pidfd stay the caller's.
+func (v *Vault) StoreClient(c *Client, word uint64) (*Cell, error) {
 	var b [512]byte
-	return v.Store(c.record(b[:0]), c.fds()...)
+	return v.store(word, c.record(b[:0]), c.fds()...)
 }
 
 // ReplaceClient stores what a connection has told us since.

@@ -239,7 +239,7 @@ func TestReplace(t *testing.T) {
 	}
 	defer unix.Close(pair[1])
 	client := &Client{State: state.Client{ID: 9, FD: int32(pair[0]), MaxRequests: 1, Self: state.None}, PIDFD: state.NoFD}
-	cell, err := v.StoreClient(client)
+	cell, err := v.StoreClient(client, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
