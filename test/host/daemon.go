@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -272,6 +273,33 @@ func (d *Daemon) Stop() int {
 	d.t.Helper()
 	d.Signal(syscall.SIGTERM)
 	return d.Wait()
+}
+
+// Kept returns the daemon that this one, a keeper, has started; 0 if there is none just now.
+func (d *Daemon) Kept() int {
+	// A child is that of the thread that made it.
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", d.PID()))
+	for _, name := range threads {
+		b, _ := os.ReadFile(name)
+		for _, field := range strings.Fields(string(b)) {
+			if pid, err := strconv.Atoi(field); err == nil {
+				return pid
+			}
+		}
+	}
+	return 0
+}
+
+// EndKept kills a keeper and its daemon, in an order in which neither starts the other again. It is for the end of a test.
+func (d *Daemon) EndKept() {
+	pid := d.Kept()
+	if pid > 0 {
+		_ = unix.Kill(pid, unix.SIGSTOP)
+	}
+	_ = d.cmd.Process.Kill()
+	if pid > 0 {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
 }
 
 // kill makes sure that the daemon is gone at the end of the test.

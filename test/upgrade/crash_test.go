@@ -5,7 +5,6 @@ package upgrade
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -30,33 +29,8 @@ func startKept(t testing.TB, args ...string) *machine {
 		Config: "log_level = 2\nlog_filters = \"4:lock_daemon_dispatch 3:rpc\"\n",
 	}
 	m.Daemon = m.Start(host.Ours(t), o)
-	t.Cleanup(func() {
-		// In an order in which neither starts the other again.
-		pid := m.kept()
-		if pid > 0 {
-			_ = unix.Kill(pid, unix.SIGSTOP)
-		}
-		_ = unix.Kill(m.PID(), unix.SIGKILL)
-		if pid > 0 {
-			_ = unix.Kill(pid, unix.SIGKILL)
-		}
-	})
+	t.Cleanup(m.EndKept)
 	return m
-}
-
-// kept returns the daemon that the keeper has started, 0 if there is none just now.
-func (m *machine) kept() int {
-	// A child is that of the thread that made it.
-	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", m.PID()))
-	for _, name := range threads {
-		b, _ := os.ReadFile(name)
-		for _, field := range strings.Fields(string(b)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				return pid
-			}
-		}
-	}
-	return 0
 }
 
 // Kills at any instant lose no lock and no answer, and leave no lock for nobody.
@@ -67,7 +41,7 @@ func TestKillStorm(t *testing.T) {
 	clients := survivor.Start(32, noOne+200, func() (*wire.Conn, error) { return m.TryDial("lock") },
 		func(k int) string { return fmt.Sprint(host.Data, "/load", k) })
 	n, begin := host.Number(t, "KILLS", 300), time.Now()
-	must(t, clients.Storm(n, m.kept, func(pid int) error { return unix.Kill(pid, unix.SIGKILL) }))
+	must(t, clients.Storm(n, m.Kept, func(pid int) error { return unix.Kill(pid, unix.SIGKILL) }))
 	took := time.Since(begin)
 	must(t, clients.Stop())
 	seen, polls := outside.end(t)

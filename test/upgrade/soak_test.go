@@ -88,7 +88,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	run(2000) // what is made once is made
-	daemon, keeper := m.kept(), m.PID()
+	daemon, keeper := m.Kept(), m.PID()
 	before, keeperBefore := countsOf(t, daemon), countsOf(t, keeper)
 	run(pairs)
 	// So many free cells the vault keeps, and gives up the others after some seconds.
