@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/internal/keeper"
 	"virtlockd/internal/state"
 	"virtlockd/internal/systemd"
@@ -307,10 +309,15 @@ func storeNotifier(n systemd.Notifier, p paths) systemd.Notifier {
 func vaultRoot(passed []systemd.Descriptor) (root int, others []systemd.Descriptor) {
 	root = -1
 	others = slices.DeleteFunc(passed, func(p systemd.Descriptor) bool {
-		if p.Name == vaultName {
+		switch p.Name {
+		case vaultName:
 			root = p.FD
+		case probeName: // of a process that was killed before it could take it back
+			unix.Close(p.FD)
+		default:
+			return false
 		}
-		return p.Name == vaultName || p.Name == probeName
+		return true
 	})
 	return root, others
 }

@@ -108,7 +108,11 @@ func (n Notifier) ProbeStore(name string, timeout time.Duration) error {
 		return fail(os.NewSyscallError("socketpair", err))
 	}
 	defer unix.Close(pair[1])
-	err = n.Store(name, pair[0])
+	// What processes have left there that were killed in the midst of this would fill it.
+	err = n.Remove(name)
+	if err == nil {
+		err = n.Store(name, pair[0])
+	}
 	unix.Close(pair[0])
 	if err == nil {
 		err = n.Barrier(timeout)
