@@ -313,13 +313,12 @@ func (r *recovery) complete(spaces map[string]uint32) {
 	}
 }
 
-// settle ends what a recovery can't go on with. It is called when everything was taken over, and before anybody is served: no request
-// meets a hold that nobody knows of.
+// settleRecovery ends what a recovery can't go on with. It is called when everything was taken over, and before anybody is served: no
+// request meets a hold that nobody knows of.
+//
+// Connections come last: that the request of one was not answered is what tells a process that comes after this one, should it die here,
+// to give up the hold.
 func (d *daemon) settleRecovery(r *recovery) {
-	for _, c := range r.dismissed {
-		d.log.Warn("recovery: a connection is closed, since its last request may not have been answered", "server", c.server, "client", c.id)
-		hangUp(r.vault, c.cell, c.fd)
-	}
 	for _, u := range r.unsettled {
 		d.log.Info("recovery: a hold is given up", "lockspace", u.lockspace, "resource", u.name, "reason", u.why)
 		if u.worker != 0 {
@@ -329,6 +328,10 @@ func (d *daemon) settleRecovery(r *recovery) {
 		if err := d.table.ReleaseStored(u.lockspace, u.name, u.cell); err != nil {
 			d.log.Error("recovery: a hold is not given up", "lockspace", u.lockspace, "resource", u.name, "error", err)
 		}
+	}
+	for _, c := range r.dismissed {
+		d.log.Warn("recovery: a connection is closed, since its last request may not have been answered", "server", c.server, "client", c.id)
+		hangUp(r.vault, c.cell, c.fd)
 	}
 }
 
