@@ -90,6 +90,7 @@ func (h *Host) Start(binary string, o Options) *Daemon {
 	if dir == "" {
 		dir = Cwd
 	}
+	pidfd := -1
 	d.cmd = &exec.Cmd{
 		Path:        binary,
 		Args:        append([]string{argv0}, args...),
@@ -98,7 +99,7 @@ func (h *Host) Start(binary string, o Options) *Daemon {
 		Stdout:      d.stderr,
 		Stderr:      d.stderr,
 		ExtraFiles:  o.Files,
-		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: o.Credential},
+		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: o.Credential, PidFD: &pidfd},
 	}
 	h.Must(func() error {
 		if err := h.expose(filepath.Dir(binaryOf(d.cmd))); err != nil {
@@ -107,9 +108,16 @@ func (h *Host) Start(binary string, o Options) *Daemon {
 		return d.cmd.Start()
 	})
 	go func() {
+		defer close(d.exited)
+		// Not Wait before it has ended: that would take each stop from a thread of the test that traces it (ptrace(2)).
+		for fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}; ; {
+			if _, err := unix.Poll(fds, -1); err != unix.EINTR {
+				break
+			}
+		}
+		unix.Close(pidfd)
 		// How it ended is in ProcessState.
 		_ = d.cmd.Wait()
-		close(d.exited)
 	}()
 	t.Cleanup(d.kill)
 	if o.NoWait {

@@ -4,11 +4,11 @@ package killpoint
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -16,64 +16,25 @@ import (
 	"virtlockd/test/wire"
 )
 
-// Paths of locks: one that is not touched, one that another owner shares, and those of the request.
-const (
-	witness = host.Data + "/witness"
-	shared  = host.Data + "/shared"
-	disk    = host.Data + "/disk"
-	lease   = host.Data + "/lease"
-	space   = host.Data + "/space"
-)
-
-// Owners whose process ids belong to no process: the kernel gives none above 4194304.
-const noOne = 0x70000001
-
-// kept is a host with a keeper and its daemon, a guest, and locks of somebody else that no crash may touch.
-type kept struct {
-	*host.Host
-	*host.Daemon
-	t       testing.TB
-	guest   *host.Process
-	bystand *wire.Conn
-	waiters []*host.Waiter
-}
-
-func startKept(t testing.TB) *kept {
+// startKept starts a daemon with a keeper.
+func startKept(t testing.TB) *stage {
 	t.Helper()
 	h := host.New(t)
-	k := &kept{Host: h, t: t}
-	k.Daemon = h.Start(host.Ours(t), host.Options{Args: []string{"--keeper"}, Config: "log_level = 2\n"})
-	t.Cleanup(k.EndKept)
-	k.guest = h.Spawn(host.ProcessOptions{})
-	for _, path := range []string{witness, shared, disk} {
-		h.WriteFile(path, "", 0o644)
-	}
-	k.bystand = k.Client(noOne)
-	must(t, k.bystand.Acquire("", witness, 0))
-	must(t, k.bystand.Acquire("", shared, wire.Shared))
-	for _, path := range []string{witness, shared} {
-		k.waiters = append(k.waiters, host.Wait(t, h.Path(path)))
-	}
-	return k
-}
-
-// client is a connection of the guest.
-func (k *kept) client() *wire.Conn {
-	k.t.Helper()
-	c := k.guest.Dial(k.Daemon, "lock")
-	must(k.t, c.Register(wire.VM(k.guest.PID())))
-	return c
+	s := &stage{Host: h, t: t, Daemon: h.Start(host.Ours(t), host.Options{Args: []string{"--keeper"}, Config: "log_level = 2\n"})}
+	t.Cleanup(s.EndKept)
+	s.populate()
+	return s
 }
 
 // trace begins to trace the daemon, which must be another one than before.
-func (k *kept) trace(before int) (pid int, trace *Trace) {
-	k.t.Helper()
-	if !host.Eventually(func() bool { pid = k.Kept(); return pid != 0 && pid != before }) {
-		k.t.Fatalf("there is no daemon after process %d\n%s", before, host.Shorten(k.Stderr()))
+func (s *stage) trace(before int) (pid int, trace *Trace) {
+	s.t.Helper()
+	if !host.Eventually(func() bool { pid = s.Kept(); return pid != 0 && pid != before }) {
+		s.t.Fatalf("there is no daemon after process %d\n%s", before, host.Shorten(s.Stderr()))
 	}
-	must(k.t, k.bystand.Ping()) // it serves, and nothing of its start is counted
+	must(s.t, s.bystand.Ping()) // it serves, and nothing of its start is counted
 	trace, err := Attach(pid)
-	must(k.t, err)
+	must(s.t, err)
 	return pid, trace
 }
 
@@ -145,137 +106,90 @@ func TestRequest(t *testing.T) {
 	for _, r := range requests {
 		t.Run(r.name, func(t *testing.T) {
 			t.Parallel()
-			k := startKept(t)
-			usual, pid := k.round(r, Never, nil, 0)
+			s := startKept(t)
+			usual, pid := s.round(r, Never, nil, 0)
 			if len(usual) < 4 {
 				t.Fatalf("it took the points %v: nothing was tested", usual)
 			}
 			for at := range usual {
-				_, pid = k.round(r, at, usual, pid)
+				_, pid = s.round(r, at, usual, pid)
 				if t.Failed() {
 					break
 				}
 			}
 			t.Logf("%d kills: %v", len(usual), usual)
-			// The guest was never taken for one that had hung up.
-			if k.guest.Dead() {
-				t.Error("the guest was ended")
-			}
-			must(t, k.bystand.Release("", witness))
-			must(t, k.bystand.Release("", shared))
-			for _, w := range k.waiters {
-				w.Wakes()
-			}
-			if code := k.Stop(); code != 0 {
-				t.Errorf("exit code %d", code)
-			}
-			for _, bad := range []string{"not safe from a crash", "is not kept", "not understood", "is not given up"} {
-				if strings.Contains(k.Stderr(), bad) {
-					t.Errorf("the log says %q\n%s", bad, host.Shorten(k.Stderr()))
-				}
-			}
+			s.end()
 		})
 	}
 }
 
-// settled is how long no point is reached when a request is over. It only matters to how many points there are.
-const settled = 20 * time.Millisecond
-
 // round makes a request and kills the daemon at one of its points, or after the last one. It returns the points that were reached.
-func (k *kept) round(r request, at int, usual []Point, before int) (points []Point, pid int) {
-	t := k.t
+func (s *stage) round(r request, at int, usual []Point, before int) (points []Point, pid int) {
+	t := s.t
 	t.Helper()
 	var c *wire.Conn
 	args := r.args
 	if r.unregistered {
-		c = k.guest.Dial(k.Daemon, "lock")
-		args = wire.RegisterArgs(wire.VM(k.guest.PID()))
+		c = s.guest.Dial(s.Daemon, "lock")
+		args = wire.RegisterArgs(wire.VM(s.guest.PID()))
 	} else {
-		c = k.client()
+		c = s.client()
 	}
 	defer func() { c.Close() }()
 	if r.before != nil {
 		must(t, r.before(c))
 	}
-	pid, trace := k.trace(before)
+	pid, trace := s.trace(before)
 	trace.Kill(at)
 	must(t, c.Send(append(wire.Request(r.proc, 7, args), r.next...)))
-	answered := k.recv(c, trace)
+	answered := s.recv(c, trace)
 	if r.next != nil {
-		answered = answered && k.recv(c, trace)
+		answered = answered && s.recv(c, trace)
 	}
 	// It may be killed after the answer.
-	ended := func() bool {
-		select {
-		case <-trace.Ended():
-			return true
-		default:
-			return false
-		}
-	}
-	if !host.Eventually(func() bool { return ended() || trace.Quiet() > settled }) {
-		t.Fatal("the daemon does not come to rest")
-	}
-	if !ended() {
-		must(t, unix.Kill(pid, unix.SIGKILL))
-		<-trace.Ended()
-	}
-	must(t, trace.Err())
+	must(t, trace.Finish(func() bool { return true }))
 	points = trace.Points()
-	where := "at rest"
-	if at != Never && len(points) > 0 {
-		where = points[len(points)-1].String()
-	}
+	where := fmt.Sprintf("killed at the end of %v", points)
 
 	if err := c.Ping(); err != nil { // what it is on the other connection, too
 		if !errors.Is(err, wire.ErrClosed) {
 			t.Fatalf("%s: %v", where, err)
 		}
 		c.Close()
-		c = k.client()
+		c = s.client()
 	}
-	must(t, k.bystand.Ping())
-	locked := r.path != "" && !k.Free(r.path, true)
+	must(t, s.bystand.Ping())
+	locked := r.path != "" && !s.Free(r.path, true)
 	switch {
 	case answered && r.takes && !locked:
-		t.Errorf("%s (point %d of %v): a lock that was confirmed is free", where, at, points)
+		t.Errorf("%s: a lock that was confirmed is free", where)
 	case answered && r.gives && locked:
-		t.Errorf("%s (point %d of %v): a lock is held that was given up", where, at, points)
+		t.Errorf("%s: a lock is held that was given up", where)
 	case answered || !slices.Equal(points, usual[:min(len(points), len(usual))]):
 	case r.takes && locked && at < replies(usual):
-		t.Errorf("%s (point %d of %v): a lock is held that nobody was told of", where, at, points)
+		t.Errorf("%s: a lock is held that nobody was told of", where)
 	case r.gives && locked && at > 1: // after the request was read
-		t.Errorf("%s (point %d of %v): a release is not completed", where, at, points)
+		t.Errorf("%s: a release is not completed", where)
 	}
 	if answered && r.takes {
 		must(t, c.Release("", r.path))
 	} else if err := r.after(c); err != nil && r.proc != wire.ProcRestrict {
-		t.Errorf("%s (point %d of %v; answered: %v): %v", where, at, points, answered, err)
+		t.Errorf("%s (answered: %v): %v", where, answered, err)
 	}
-	for _, path := range []string{disk, lease} {
-		if !k.Free(path, true) {
-			t.Errorf("%s (point %d of %v): %s is held for nobody", where, at, points, path)
-		}
-	}
-	if k.Exists(lease) {
-		t.Errorf("%s (point %d of %v): the lease file is left", where, at, points)
-	}
-	for _, w := range k.waiters {
-		w.Asleep()
-	}
+	s.holds(where)
 	return points, pid
 }
 
 // recv tells whether an answer comes; else the connection has been closed.
-func (k *kept) recv(c *wire.Conn, trace *Trace) bool {
-	t := k.t
+func (s *stage) recv(c *wire.Conn, trace *Trace) bool {
+	t := s.t
 	t.Helper()
 	reply, err := c.RecvWithin(host.Patience)
 	switch {
 	case errors.Is(err, wire.ErrClosed):
 		return false
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		t.Fatalf("%v: neither an answer nor an end\n%s", trace.Points(), host.Shorten(k.Stderr()))
+		t.Fatalf("%v: neither an answer nor an end\n%s", trace.Points(), host.Shorten(s.Stderr()))
 	case err != nil:
 		t.Fatal(err)
 	}

@@ -16,6 +16,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/test/host"
 )
 
 // A Point is where a thread of the process was stopped.
@@ -63,8 +65,8 @@ type Trace struct {
 
 	mu     sync.Mutex
 	armed  bool
-	exec   bool // armed by the next execve
-	at     int
+	exec   bool                      // armed by the next execve
+	at     func(n int, p Point) bool // the one to be killed at
 	points []Point
 	last   time.Time // when the last point was reached
 	killed bool
@@ -89,12 +91,17 @@ func Attach(pid int) (*Trace, error) {
 }
 
 // Kill has the process killed at its point number at, from 0, counted from now; Never: it is only counted.
-func (t *Trace) Kill(at int) { t.arm(at, false) }
+func (t *Trace) Kill(at int) { t.arm(func(n int, _ Point) bool { return n == at }, false) }
 
 // KillAfterExec is Kill, counted from where the process has become another program.
-func (t *Trace) KillAfterExec(at int) { t.arm(at, true) }
+func (t *Trace) KillAfterExec(at int) { t.arm(func(n int, _ Point) bool { return n == at }, true) }
 
-func (t *Trace) arm(at int, exec bool) {
+// KillAfter has the process killed after the next system call of that number.
+func (t *Trace) KillAfter(call int) {
+	t.arm(func(_ int, p Point) bool { return p == Point{call, true} }, false)
+}
+
+func (t *Trace) arm(at func(n int, p Point) bool, exec bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.armed, t.exec, t.at, t.points, t.last = !exec, exec, at, nil, time.Now()
@@ -107,18 +114,31 @@ func (t *Trace) Points() []Point {
 	return slices.Clone(t.points)
 }
 
-// Quiet returns for how long no point was reached.
-func (t *Trace) Quiet() time.Duration {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return time.Since(t.last)
+// rest is how long a process that has nothing to do reaches no point. It only matters to how many points are found.
+const rest = 50 * time.Millisecond
+
+// Finish waits until the process was killed. If it comes to rest before, and done says that it has done what it was to do, it is killed
+// then.
+func (t *Trace) Finish(done func() bool) error {
+	over := func() bool {
+		select {
+		case <-t.ended:
+			return true
+		default:
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			return t.armed && time.Since(t.last) > rest && done()
+		}
+	}
+	if !host.Eventually(over) {
+		return fmt.Errorf("process %d does not come to rest", t.pid)
+	}
+	if err := unix.Kill(t.pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
+		return os.NewSyscallError("kill", err)
+	}
+	<-t.ended
+	return t.err
 }
-
-// Ended is closed when the process has ended.
-func (t *Trace) Ended() <-chan struct{} { return t.ended }
-
-// Err returns why tracing ended, but for the end of the process.
-func (t *Trace) Err() error { return t.err }
 
 // options of ptrace(2): stops at system calls are told apart from others; new threads are traced, and other programs.
 const options = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEEXEC
@@ -156,16 +176,14 @@ func (t *Trace) seize() error {
 // follow lets each thread that has stopped go on.
 func (t *Trace) follow() error {
 	for {
-		var ws unix.WaitStatus
-		// Only what this thread traces: the process has children of its own.
-		tid, err := unix.Wait4(-1, &ws, unix.WALL|unix.WNOTHREAD, nil)
+		tid, ws, err := t.wait()
 		switch {
 		case err == unix.EINTR:
 			continue
-		case err == unix.ECHILD:
+		case err == unix.ECHILD || err == nil && tid == t.pid && !ws.Stopped():
 			return nil
 		case err != nil:
-			return os.NewSyscallError("wait4", err)
+			return os.NewSyscallError("wait", err)
 		case !ws.Stopped():
 			continue
 		}
@@ -178,7 +196,7 @@ func (t *Trace) follow() error {
 		case event == unix.PTRACE_EVENT_EXEC:
 			t.mu.Lock()
 			if t.exec {
-				t.armed, t.exec = true, false
+				t.armed, t.exec, t.last = true, false, time.Now()
 			}
 			t.mu.Unlock()
 		case event == unix.PTRACE_EVENT_STOP && ws.StopSignal() != unix.SIGTRAP: // SIGSTOP is what it says
@@ -192,6 +210,41 @@ func (t *Trace) follow() error {
 			return os.NewSyscallError("ptrace(SYSCALL)", err)
 		}
 	}
+}
+
+// wait waits until something happens to a thread that this one traces: the process of the test has other children. The end of the
+// traced process stays for its parent, which may be this very process.
+func (t *Trace) wait() (tid int, ws unix.WaitStatus, err error) {
+	const whom = unix.WALL | unix.WNOTHREAD
+	var info unix.Siginfo
+	if err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WSTOPPED|unix.WNOWAIT|whom, nil); err != nil {
+		return 0, 0, err
+	}
+	tid, _ = child(&info)
+	if info.Code <= cldDumped {
+		if tid != t.pid {
+			_, err = unix.Wait4(tid, &ws, whom, nil)
+		}
+		return tid, ws, err
+	}
+	info = unix.Siginfo{}
+	if err := unix.Waitid(unix.P_PID, tid, &info, unix.WSTOPPED|unix.WNOHANG|whom, nil); err != nil {
+		return 0, 0, err
+	}
+	tid, status := child(&info)
+	if tid == 0 { // it was killed in the meantime
+		return 0, 0, unix.EINTR
+	}
+	return tid, unix.WaitStatus(status<<8 | 0x7f), nil
+}
+
+// cldDumped is the last code of a siginfo_t that says that a child has ended (sigaction(2)).
+const cldDumped = 3
+
+// child returns which child a siginfo_t is about, and its status, on 64-bit machines.
+func child(info *unix.Siginfo) (pid, status int) {
+	at := func(offset int) int { return int(*(*int32)(unsafe.Add(unsafe.Pointer(info), offset))) }
+	return at(16), at(24)
 }
 
 // syscallInfo is the head of struct ptrace_syscall_info of ptrace(2), with the call's number at the end: it is there at an entry.
@@ -232,7 +285,7 @@ func (t *Trace) stopped(tid int) error {
 		return nil
 	}
 	t.points, t.last = append(t.points, p), time.Now()
-	if len(t.points)-1 == t.at {
+	if t.at(len(t.points)-1, p) {
 		t.killed = true
 		if err := unix.Kill(t.pid, unix.SIGKILL); err != nil {
 			return os.NewSyscallError("kill", err)
