@@ -194,7 +194,8 @@ func hasEnded(pidfd int32) bool {
 }
 
 // client takes a connection over, or notes that it ends: one whose last request is not answered, as far as can be told, is
-// closed, so that its peer never waits for an answer that does not come.
+// closed, so that its peer never waits for an answer that does not come. What lies unread in the peer's queue may be the answer to a
+// request before that, so it tells nothing; the peer can still read it.
 func (r *recovery) client(f *vault.Found) error {
 	fds, err := f.Descriptors()
 	if err != nil {
@@ -212,10 +213,6 @@ func (r *recovery) client(f *vault.Found) error {
 		c.Self = r.owner(state.Owner{Details: c.Owner, Kind: state.Verified, PIDFD: int32(fds[1])})
 	}
 	progress := rpc.ProgressOf(f.Cell.Word().Load())
-	if progress.Replying && unread(fds[0]) {
-		progress.Idle = true // the reply lies in the peer's queue
-		f.Cell.Word().Store(rpc.IdleWord(progress.Request))
-	}
 	if !f.Client.Admin {
 		r.progress[c.ID] = progress
 	}
@@ -225,16 +222,6 @@ func (r *recovery) client(f *vault.Found) error {
 	}
 	server.Clients = append(server.Clients, c)
 	return nil
-}
-
-// oneReply is more than the kernel takes for a reply of the lock program. What is as small was sent in one piece (unix_stream_sendmsg
-// in the kernel's net/unix/af_unix.c): where a longer one is unread, it may be the first part of it.
-const oneReply = 16 << 10
-
-// unread tells whether a reply lies whole in the queue of the peer of a connection, which has yet to read it (SIOCOUTQ).
-func unread(fd int) bool {
-	n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
-	return err == nil && n > 0 && n <= oneReply
 }
 
 // hold takes one hold of a resource over.

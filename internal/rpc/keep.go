@@ -110,6 +110,3 @@ func (c *Client) unkeep() {
 		c.cell = nil
 	}
 }
-
-// IdleWord is the word of a connection whose requests up to this one are answered.
-func IdleWord(request uint64) uint64 { return request << phaseBits } // phaseIdle is 0
