@@ -142,12 +142,15 @@ func (s *stage) round(r request, at int, usual []Point, before int) (points []Po
 	pid, trace := s.trace(before)
 	trace.Kill(at)
 	must(t, c.Send(append(wire.Request(r.proc, 7, args), r.next...)))
-	answered := s.recv(c, trace)
-	if r.next != nil {
-		answered = answered && s.recv(c, trace)
+	answered := false
+	if r.next == nil {
+		answered = s.recv(c, trace)
 	}
 	// It may be killed after the answer.
 	must(t, trace.Finish(func() bool { return true }))
+	if r.next != nil { // the first answer lies there, unread, when the second request is executed
+		answered = s.recv(c, trace) && s.recv(c, trace)
+	}
 	points = trace.Points()
 	where := fmt.Sprintf("killed at the end of %v", points)
 

@@ -78,16 +78,29 @@ type Trace struct {
 func Attach(pid int) (*Trace, error) {
 	t := &Trace{pid: pid, ended: make(chan struct{}), calls: map[int]int{}}
 	attached := make(chan error)
-	go func() {
-		defer close(t.ended)
-		runtime.LockOSThread() // for good: whatever is still traced is let go with the thread
-		err := t.seize()
-		attached <- err
-		if err == nil {
-			t.err = t.follow()
-		}
-	}()
+	go t.run(attached, make(chan struct{}))
 	return t, <-attached
+}
+
+// run lives on a thread of its own, which ends with it: then whatever is still traced is let go. locked is closed when it has one.
+func (t *Trace) run(attached chan<- error, locked chan<- struct{}) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The main thread never ends. While this goroutine sits on it, another one gets another thread.
+		next := make(chan struct{})
+		go t.run(attached, next)
+		<-next
+		runtime.UnlockOSThread()
+		close(locked)
+		return
+	}
+	close(locked)
+	defer close(t.ended)
+	err := t.seize()
+	attached <- err
+	if err == nil {
+		t.err = t.follow()
+	}
 }
 
 // Kill has the process killed at its point number at, from 0, counted from now; Never: it is only counted.
