@@ -191,16 +191,22 @@ func (m *Manager) Options(o host.Options) host.Options {
 func (m *Manager) Start(o host.Options) *host.Daemon {
 	m.t.Helper()
 	ready := m.Said("READY=1")
+	d := m.Launch(o)
+	if !host.Eventually(func() bool { return m.Said("READY=1") > ready }) {
+		m.t.Fatalf("the daemon never says that it is ready\n%s", host.Shorten(d.Stderr()))
+	}
+	return d
+}
+
+// Launch starts a daemon, which can be connected to afterwards, or with o.NoWait not even that.
+func (m *Manager) Launch(o host.Options) *host.Daemon {
+	m.t.Helper()
 	o = m.Options(o)
 	// The shell, which becomes the daemon, knows the number.
 	script := fmt.Sprintf("#!/bin/sh\nLISTEN_PID=$$; export LISTEN_PID; exec %s \"$@\"\n", host.Ours(m.t))
 	m.h.WriteFile(starter, script, 0o755)
 	m.h.Expose(host.Ours(m.t))
-	d := m.h.Start(starter, o)
-	if !host.Eventually(func() bool { return m.Said("READY=1") > ready }) {
-		m.t.Fatalf("the daemon never says that it is ready\n%s", host.Shorten(d.Stderr()))
-	}
-	return d
+	return m.h.Start(starter, o)
 }
 
 const starter = "/tmp/start-virtlockd" // not below a directory, which host would look for on the real machine
