@@ -36,6 +36,7 @@ import (
 	"virtlockd/internal/pidfile"
 	"virtlockd/internal/poll"
 	"virtlockd/internal/rpc"
+	"virtlockd/internal/state"
 	"virtlockd/internal/systemd"
 	"virtlockd/internal/vault"
 )
@@ -339,6 +340,9 @@ func (d *daemon) start(fault error) (err error) {
 	}
 	if settings.MaxClients == 0 { // tolerated: limits come with the state file, if it has them
 		settings = conf.Defaults()
+		if resume != nil && resume.Configured[0] != 0 {
+			settings.MaxClients, settings.AdminMaxClients = resume.Configured[0], resume.Configured[1]
+		}
 		d.limits.Store(&settings)
 	}
 
@@ -435,6 +439,7 @@ func (d *daemon) start(fault error) (err error) {
 		}
 		undo(d.forgetNote)
 		undo(d.forsake)
+		d.followConfigSince(resume)
 		d.storeSettings()
 		d.left, d.found = legacy{}, nil // they can be large
 		undo(d.unlinkSockets)
@@ -550,6 +555,18 @@ func (d *daemon) followConfig(settings conf.Settings) {
 	if last := d.limits.Load(); settings.MaxClients != last.MaxClients || settings.AdminMaxClients != last.AdminMaxClients {
 		d.setLimits(settings)
 	}
+}
+
+// followConfigSince is followConfig for a configuration that has changed since another process or binary read it.
+func (d *daemon) followConfigSince(s *state.Snapshot) {
+	if s.Configured[0] == 0 {
+		return
+	}
+	now := *d.limits.Load()
+	last := now
+	last.MaxClients, last.AdminMaxClients = s.Configured[0], s.Configured[1]
+	d.limits.Store(&last)
+	d.followConfig(now)
 }
 
 // reload reads the configuration again and opens log files anew, for SIGHUP. A bad file changes nothing.

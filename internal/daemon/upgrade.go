@@ -393,6 +393,8 @@ func (d *daemon) settings() *state.Snapshot {
 		PIDFile: state.NoFD, Vault: state.NoFD,
 		StartTime: d.startTime, Upgrades: d.upgrades, Recoveries: d.recoveries,
 	}
+	limits := d.limits.Load()
+	s.Configured = [2]uint32{limits.MaxClients, limits.AdminMaxClients}
 	if d.options.detach {
 		s.StartDir = d.startDir
 	}

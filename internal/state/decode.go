@@ -1071,7 +1071,7 @@ func (d *decoder) enroll(s *space, p *pending) {
 
 var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
 	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen", "epoll",
-	"recoveries", "vault", "cell"}
+	"recoveries", "vault", "cell", "configuredClients", "configuredAdminClients"}
 
 const (
 	extraLog      = 6 // the first of the log settings
@@ -1106,6 +1106,10 @@ func (d *decoder) extra() {
 			d.array(func(int) { d.owner() })
 		case "recoveries":
 			d.snap.Recoveries = d.u64()
+		case "configuredClients":
+			d.snap.Configured[0] = d.u32(0)
+		case "configuredAdminClients":
+			d.snap.Configured[1] = d.u32(0)
 		case "vault":
 			d.snap.Vault = d.ownFD()
 		case "cell":

@@ -276,6 +276,8 @@ func (e *encoder) extras(s *Snapshot) {
 	}
 	e.uint("upgrades", s.Upgrades)
 	e.some("recoveries", s.Recoveries)
+	e.some("configuredClients", uint64(s.Configured[0]))
+	e.some("configuredAdminClients", uint64(s.Configured[1]))
 	if s.Frozen != 0 {
 		e.int("frozen", s.Frozen)
 	}

@@ -49,6 +49,9 @@ type Snapshot struct {
 	StartTime  int64  // of the first daemon, ns since the epoch; 0: not known
 	Upgrades   uint64 // how many binaries have handed over
 	Recoveries uint64 // how many processes have taken over from one that had died
+	// Configured are the limits of clients as they were read last, of the lock and the admin server; 0: not known. Those in force may be
+	// others, set at run time.
+	Configured [2]uint32
 	Frozen     int64  // since when everybody waits for this hand-over, ns of CLOCK_MONOTONIC; 0: not known
 	PIDFile    int32  // descriptor of the locked pid file, or NoFD
 	Epoll      *Epoll // nil: not handed over

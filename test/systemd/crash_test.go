@@ -324,6 +324,17 @@ func TestCrashWithBadConfiguration(t *testing.T) {
 	if after := shown(); !strings.Contains(after, "nclients_max : 60") {
 		t.Errorf("settings after a restart with another configuration: %s", after)
 	}
+	// So it is by a process that nobody has asked to read it. What is set at run time after that holds, as long as the file stays.
+	m.WriteFile(Config, "max_clients = 61\n", 0o644)
+	c.next("kill with another configuration", func() { m.Signal("KILL") })
+	if after := shown(); !strings.Contains(after, "nclients_max : 61") {
+		t.Errorf("settings after a kill with another configuration: %s", after)
+	}
+	admin("server-clients-set", "virtlockd", "--max-clients", "78")
+	c.next("another kill", func() { m.Signal("KILL") })
+	if after := shown(); !strings.Contains(after, "nclients_max : 78") {
+		t.Errorf("settings after another kill: %s", after)
+	}
 	c.end()
 }
 
