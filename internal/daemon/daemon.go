@@ -167,6 +167,9 @@ func settle() {
 	// for events, and the one that watches them. With none to spare the run-time takes them back all the time.
 	runtime.GOMAXPROCS(4)
 	raiseFileLimit()
+	// The first timer makes the run-time open descriptors of its own, and without room for them it ends the process without a word about
+	// why: a recovery at the limit of open files has to be able to say that.
+	time.AfterFunc(time.Hour, func() {}).Stop()
 }
 
 // raiseFileLimit raises the limit of open files as far as we may: each client and each lock needs one.
