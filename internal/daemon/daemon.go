@@ -740,7 +740,7 @@ func (d *daemon) serve() (code int, ended bool) {
 	debug.SetGCPercent(50)
 	d.waiting.report(exitOK, "")
 
-	d.watchKeeper()
+	go d.watchKeeper(ctx)
 	signalled := false
 	upgrade := d.signals.upgrade // nil while one is being prepared; the next one waits
 	prepared := make(chan *successor, 1)

@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -62,29 +63,50 @@ func (d *daemon) startKeeper() error {
 // errKeeperEnded says what there is instead of a keeper.
 var errKeeperEnded = errors.New("the keeper has ended, and no other one could be started")
 
-// watchKeeper starts another keeper when the one that we have ends, as long as the daemon lives.
-func (d *daemon) watchKeeper() {
-	l := d.safety.keeper()
-	if l == nil {
-		return
-	}
-	go func() {
-		for {
-			awaitEnd(l.PIDFD)
-			d.log.Error("the keeper has ended; until there is another one a crash of this daemon would lose all locks", "keeper", l.PID)
-			l.Close()
-			if err := d.changeKeeper(); err != nil {
-				d.log.Error("locks are lost if this daemon crashes", "error", err)
-				d.safety.mu.Lock()
-				d.safety.why = errors.Join(errKeeperEnded, err)
-				d.safety.link = nil
-				d.safety.mu.Unlock()
-				return
-			}
-			l = d.safety.keeper()
-			d.log.Info("another keeper has everything", "keeper", l.PID)
+// keeperEnd is closed when a keeper has ended. It is the handler of its pidfd, which is called once.
+type keeperEnd chan struct{}
+
+func (e keeperEnd) Ready(uint32) { close(e) }
+
+// watchKeeper starts another keeper when the one that we have ends, until ctx does.
+func (d *daemon) watchKeeper(ctx context.Context) {
+	for l := d.safety.keeper(); l != nil; l = d.safety.keeper() {
+		if err := d.awaitKeeper(ctx, l); ctx.Err() != nil {
+			return
+		} else if err != nil {
+			d.log.Error("the end of the keeper will not be noticed", "keeper", l.PID, "error", err)
+			return
 		}
-	}()
+		d.log.Error("the keeper has ended; until there is another one a crash of this daemon would lose all locks", "keeper", l.PID)
+		l.Close()
+		if err := d.changeKeeper(); err != nil {
+			d.log.Error("locks are lost if this daemon crashes", "error", err)
+			d.safety.mu.Lock()
+			d.safety.why = errors.Join(errKeeperEnded, err)
+			d.safety.link = nil
+			d.safety.mu.Unlock()
+			return
+		}
+		d.log.Info("another keeper has everything", "keeper", d.safety.keeper().PID)
+	}
+}
+
+// awaitKeeper returns when the keeper has ended, or ctx has.
+func (d *daemon) awaitKeeper(ctx context.Context, l *keeper.Link) error {
+	if l.PIDFD < 0 {
+		return nil
+	}
+	end := make(keeperEnd)
+	token, err := d.poller.Add(l.PIDFD, unix.EPOLLIN|unix.EPOLLONESHOT, end)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+	case <-end:
+	}
+	_ = d.poller.Remove(token, l.PIDFD) // its end or ours is what counts
+	return nil
 }
 
 // changeKeeper gives the vault to a new keeper.
@@ -99,14 +121,4 @@ func (d *daemon) changeKeeper() error {
 		return nil
 	}
 	return entrust(store, v)
-}
-
-// awaitEnd waits until the process of a pidfd has ended; -1: it has.
-func awaitEnd(pidfd int) {
-	for pidfd >= 0 {
-		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-		if _, err := unix.Poll(fds, -1); err != unix.EINTR {
-			return
-		}
-	}
 }
