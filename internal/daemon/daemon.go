@@ -230,7 +230,11 @@ type daemon struct {
 func (d *daemon) main(fault error) int {
 	if err := d.start(fault); err != nil {
 		d.complain(err)
-		d.clean()
+		if d.found != nil {
+			d.closeLogs() // pid file and sockets are the next process's, which takes over what this one could not
+		} else {
+			d.clean()
+		}
 		d.waiting.report(exitCode(err), err.Error()) // nothing is left by now
 		return exitCode(err)
 	}

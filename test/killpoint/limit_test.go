@@ -23,7 +23,7 @@ func TestRecoveryAtDescriptorLimit(t *testing.T) {
 	}
 	m.kill()
 	enough := 0
-	for limit := 16; enough == 0; limit += 24 {
+	for limit := 16; enough == 0; limit += 8 {
 		ready := m.manager.Said("READY=1")
 		o := quiet
 		o.NoWait = true
@@ -35,11 +35,14 @@ func TestRecoveryAtDescriptorLimit(t *testing.T) {
 		for _, w := range m.waiters {
 			w.Asleep()
 		}
+		if !m.Exists("/run/virtlockd.pid") {
+			t.Errorf("with %d descriptors: the pid file is gone, so a second daemon could be started", limit)
+		}
 		if d.Alive() {
 			enough, m.Daemon = limit, d
 			break
 		}
-		if code := d.Wait(); code <= 0 || limit > 16 && !strings.Contains(d.Stderr(), "limit of open files") {
+		if code := d.Wait(); code <= 0 || limit > 16 && !strings.Contains(d.Stderr(), "open files") {
 			t.Errorf("with %d descriptors it ends with %d and says\n%s", limit, code, host.Shorten(d.Stderr()))
 		}
 	}

@@ -149,7 +149,9 @@ func (s *stage) round(r request, at int, usual []Point, before int) (points []Po
 	// It may be killed after the answer.
 	must(t, trace.Finish(func() bool { return true }))
 	if r.next != nil { // the first answer lies there, unread, when the second request is executed
-		answered = s.recv(c, trace) && s.recv(c, trace)
+		if answered = s.recv(c, trace); answered {
+			answered = s.recv(c, trace)
+		}
 	}
 	points = trace.Points()
 	where := fmt.Sprintf("killed at the end of %v", points)
