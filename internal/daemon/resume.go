@@ -412,7 +412,7 @@ func (d *daemon) inherit(take *filelock.Takeover, h *heir) {
 
 // lockAnew takes a lock that could not be inherited; h.err says why.
 func (d *daemon) lockAnew(h *heir) {
-	lock, err := d.files.Lock(h.res.Path, modeOf(h.res), false)
+	lock, err := d.files.Lock(h.res.Path, modeOf(h.res), false, nil)
 	if err != nil {
 		h.err = errors.Join(h.err, err)
 		return

@@ -47,7 +47,7 @@ func benchLock(b *testing.B, f *Files, path string, create bool) {
 		unlink = path
 	}
 	for b.Loop() {
-		l, err := f.Lock(path, Exclusive, create)
+		l, err := f.Lock(path, Exclusive, create, nil)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -49,6 +49,8 @@ var ErrLocked = errors.New("the file is locked by somebody else")
 // LockedError is ErrLocked, about a file that could be looked at.
 type LockedError struct {
 	File FileID
+	// Record of its holder (see package lease) that was found in it; nil: none.
+	Record []byte
 }
 
 func (*LockedError) Error() string { return ErrLocked.Error() }

@@ -27,9 +27,10 @@ type Files struct {
 	pool    pool
 	ops     sync.Pool // of *op
 
-	mu     sync.Mutex
-	calls  op // head of the ring of calls in progress
-	warned map[string]bool
+	mu         sync.Mutex
+	calls      op // head of the ring of calls in progress
+	warned     map[string]bool
+	complained time.Time // about records of leases
 }
 
 // op is a call in progress and its scratch memory.

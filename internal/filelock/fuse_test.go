@@ -160,7 +160,7 @@ func holderMain(args []string) {
 		log.Fatal(err)
 	}
 	forCommands(func([]string) string {
-		if _, err := f.Lock(args[0], Exclusive, false); err != nil {
+		if _, err := f.Lock(args[0], Exclusive, false, nil); err != nil {
 			return err.Error()
 		}
 		return "ok"
@@ -204,7 +204,7 @@ func background(call func() error) <-chan error {
 
 func lockFor(f *Files, path string, l **Lock) func() error {
 	return func() (err error) {
-		*l, err = f.Lock(path, Exclusive, false)
+		*l, err = f.Lock(path, Exclusive, false, nil)
 		return err
 	}
 }
@@ -230,7 +230,7 @@ func TestRemoteLockLiesInCell(t *testing.T) {
 	noWorkers(t) // and the lock is still held:
 	g.want("1", "locks")
 	other.want(refusedText, "posix", "write", g.dir+"/disk")
-	if _, err := f.Lock(g.dir+"/disk", Shared, false); !errors.Is(err, ErrLocked) {
+	if _, err := f.Lock(g.dir+"/disk", Shared, false, nil); !errors.Is(err, ErrLocked) {
 		t.Errorf("a second lock: %v", err)
 	}
 	for _, name := range openFiles(t) {
@@ -292,7 +292,7 @@ func TestHungCallDelaysNobodyElse(t *testing.T) {
 			mustRelease(t, mustLock(t, f, path, Exclusive, false), "")
 		}
 		var limited *HungError
-		_, err := f.Lock(hung.dir+"/disk", Exclusive, false)
+		_, err := f.Lock(hung.dir+"/disk", Exclusive, false, nil)
 		if !errors.As(err, &limited) || limited.Mount != hung.dir || limited.Calls != limit || limited.Oldest <= 0 {
 			t.Errorf("beyond the limit: %v", err)
 		}
@@ -326,7 +326,7 @@ func TestBurstWaits(t *testing.T) {
 	var all []<-chan error
 	for i := range 40 {
 		all = append(all, background(func() error {
-			l, err := f.Lock(fmt.Sprint(g.dir, "/lease", i), Exclusive, true)
+			l, err := f.Lock(fmt.Sprint(g.dir, "/lease", i), Exclusive, true, nil)
 			if err != nil {
 				return err
 			}
@@ -394,7 +394,7 @@ func TestCloseLeavesHungWorkersBehind(t *testing.T) {
 				t.Errorf("a call in progress: %v", err)
 			}
 		}
-		if _, err := f.Lock(g.dir+"/disk", Exclusive, false); !errors.Is(err, ErrClosed) {
+		if _, err := f.Lock(g.dir+"/disk", Exclusive, false, nil); !errors.Is(err, ErrClosed) {
 			t.Errorf("a call after it: %v", err)
 		}
 		g.want("ok", "free", call)

@@ -96,7 +96,7 @@ func TestTakeoverOfOFDLock(t *testing.T) {
 	files := newFiles(t, Config{})
 	for _, mode := range []Mode{Shared, Exclusive} {
 		path := filepath.Join(t.TempDir(), "disk")
-		l, err := files.Lock(path, mode, true)
+		l, err := files.Lock(path, mode, true, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -177,7 +177,7 @@ func TestTakeoverOfTwoOwners(t *testing.T) {
 func TestTakeoverRefuses(t *testing.T) {
 	files := newFiles(t, Config{})
 	dir := t.TempDir()
-	l, err := files.Lock(filepath.Join(dir, "a"), Exclusive, true)
+	l, err := files.Lock(filepath.Join(dir, "a"), Exclusive, true, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestConfirm(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "disk")
-			l, err := files.Lock(path, Exclusive, true)
+			l, err := files.Lock(path, Exclusive, true, nil)
 			if err != nil {
 				t.Fatal(err)
 			}

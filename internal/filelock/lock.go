@@ -40,11 +40,12 @@ func (l *Lock) Remote() bool { return l.mount != "" }
 // Lock opens the file at path and locks its byte 0, without waiting for
 // anybody who holds it. With create the file is made if it is missing (mode
 // 0600 less the umask), and the lock is on the file that is at path once it
-// is held: whoever removes a lease file locks it first.
+// is held: whoever removes a lease file locks it first. If such a file is empty, or says
+// who held it, record is written to it; nil: none.
 //
 // Errors are of type *Error: OpOpen with the errno of open(2), OpLock with
 // ErrLocked or the errno of fcntl(2), OpStore or OpWorker.
-func (f *Files) Lock(path string, mode Mode, create bool) (*Lock, error) {
+func (f *Files) Lock(path string, mode Mode, create bool, record []byte) (*Lock, error) {
 	o := f.begin("lock", path)
 	defer f.end(o)
 	abs, errno := f.absolute(path)
@@ -57,7 +58,7 @@ func (f *Files) Lock(path string, mode Mode, create bool) (*Lock, error) {
 		device string
 	)
 	mount, ok, err := f.direct(o, abs, true, func(path string) (out outcome) {
-		out, device, failed = l.lockDirect(o, path, create)
+		out, device, failed = l.lockDirect(o, path, create, record)
 		return out
 	})
 	switch {
@@ -67,7 +68,7 @@ func (f *Files) Lock(path string, mode Mode, create bool) (*Lock, error) {
 		if device != "" {
 			mount = device
 		}
-		failed = l.lockRemote(o, mount, abs, create)
+		failed = l.lockRemote(o, mount, abs, create, record)
 	case l.kind == POSIX:
 		f.warnOnce(mount, "no open file description locks there; with POSIX locks a crash of this daemon gives them up")
 	}
@@ -79,7 +80,7 @@ func (f *Files) Lock(path string, mode Mode, create bool) (*Lock, error) {
 
 // lockDirect tries it in this process. device names the block device that
 // must not be opened here.
-func (l *Lock) lockDirect(o *op, path string, create bool) (out outcome, device string, err error) {
+func (l *Lock) lockDirect(o *op, path string, create bool, record []byte) (out outcome, device string, err error) {
 	dir, errno := o.openDir(path)
 	if errno != 0 {
 		return linkOrDone(errno), "", &Error{OpOpen, l.path, errno}
@@ -97,15 +98,17 @@ func (l *Lock) lockDirect(o *op, path string, create bool) (out outcome, device 
 			return done, "", &Error{OpOpen, l.path, errno}
 		}
 		l.id = info.id
-		if errno = l.take(o, fd); errno != 0 {
-			return done, "", l.lockError(errno)
+		if found, errno := l.take(o, fd, info); errno != 0 {
+			return done, "", l.lockError(errno, found)
 		}
 		if create {
 			// Whoever held the lock before may have removed the name.
-			if now, errno := o.statAt(dir); errno != 0 || now.id != l.id {
+			now, errno := o.statAt(dir)
+			if errno != 0 || now.id != l.id {
 				l.giveUp(o, nil, nil)
 				continue
 			}
+			l.files.complainAbout(l.path, writeRecord(fd, now, record))
 		}
 		return done, "", nil
 	}
@@ -139,7 +142,7 @@ func (l *Lock) openDirect(o *op, dir int, create bool) (fd int, out outcome, dev
 			}
 			if l.files.posix.conflicts(info.id, l.mode) {
 				l.id = info.id
-				return -1, done, "", l.lockError(unix.EAGAIN)
+				return -1, done, "", l.lockError(unix.EAGAIN, nil)
 			}
 		}
 		if errno == 0 || create && errno == unix.ENOENT {
@@ -164,27 +167,31 @@ func deviceName(rdev uint64) string {
 	return fmt.Sprintf("block device %d:%d", unix.Major(rdev), unix.Minor(rdev))
 }
 
-// take locks fd. After an error fd is gone.
-func (l *Lock) take(o *op, fd int) syscall.Errno {
-	errno := o.setLock(fd, unix.F_OFD_SETLK, lockType(l.mode))
+// take locks fd. After an error fd is gone; record is what was found in it, if somebody else has it.
+func (l *Lock) take(o *op, fd int, info fileInfo) (record []byte, errno syscall.Errno) {
+	errno = o.setLock(fd, unix.F_OFD_SETLK, lockType(l.mode))
 	switch errno {
 	case 0:
 		l.kind = OFD
 	case unix.EINVAL:
 		l.kind = POSIX
+		record = readRecord(fd, info) // while fd is ours
 		errno = l.files.posix.lock(&o.scratch, l.id, fd, l.mode)
 	default:
+		if refused(errno) {
+			record = readRecord(fd, info)
+		}
 		unix.Close(fd)
 	}
 	if errno == 0 {
 		l.fd = int32(fd)
 	}
-	return errno
+	return record, errno
 }
 
-func (l *Lock) lockError(errno syscall.Errno) error {
+func (l *Lock) lockError(errno syscall.Errno, record []byte) error {
 	if refused(errno) {
-		return &Error{OpLock, l.path, &LockedError{l.id}}
+		return &Error{OpLock, l.path, &LockedError{l.id, record}}
 	}
 	return &Error{OpLock, l.path, errno}
 }
@@ -211,10 +218,10 @@ func (l *Lock) giveUp(o *op, unlink func() error, cell *vault.Cell) (err error) 
 }
 
 // Release gives the lock up, in any case; the error says what went wrong
-// beside that, for the log. A lease file is removed on the way: what is at
-// the path unlink (if not ""), if it is the locked file itself, regular and
-// empty, and nobody else holds it: a shared lock is made exclusive for that,
-// or nothing is removed.
+// beside that, for the log. A lease file is emptied and removed on the way: what is
+// at the path unlink (if not ""), if it is the locked file itself, regular and
+// empty or a record, and nobody else holds it: a shared lock is made exclusive for
+// that, or nothing is removed.
 //
 // cell is the one that the last hold was stored in, nil if it was not. It is empty
 // afterwards. In a process that dies in the midst of this, the cell still has the
@@ -251,6 +258,12 @@ func (l *Lock) unlinkDirect(o *op, path string) error {
 	if errno != 0 {
 		return &Error{OpUnlink, path, errno}
 	}
+	// Even if it is somewhere else by now.
+	info, errno := o.fstat(int(l.fd))
+	ours := false
+	if errno == 0 {
+		ours, _ = emptyRecord(int(l.fd), info) // if that fails, it goes with the file
+	}
 	// A link in the last place isn't our file, so it isn't followed.
 	_, ok, err := l.files.direct(o, abs, false, func(path string) outcome {
 		var dir int
@@ -259,7 +272,7 @@ func (l *Lock) unlinkDirect(o *op, path string) error {
 		}
 		defer unix.Close(dir)
 		var info fileInfo
-		if info, errno = o.statAt(dir); errno == 0 && isLease(info, l.id) {
+		if info, errno = o.statAt(dir); errno == 0 && isLease(info, l.id, ours) {
 			errno = o.unlinkAt(dir)
 		}
 		return done
@@ -275,7 +288,8 @@ func (l *Lock) unlinkDirect(o *op, path string) error {
 	return nil
 }
 
-// isLease reports whether a file is the locked one and may be a lease file.
-func isLease(info fileInfo, locked FileID) bool {
-	return info.id == locked && info.kind() == unix.S_IFREG && info.size == 0
+// isLease reports whether a file is the locked one and may be a lease file: empty, or with a record of ours that
+// could not be removed.
+func isLease(info fileInfo, locked FileID, record bool) bool {
+	return info.id == locked && info.kind() == unix.S_IFREG && (info.size == 0 || record)
 }

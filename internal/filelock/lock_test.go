@@ -28,13 +28,13 @@ func TestLockExcludesOthers(t *testing.T) {
 		other.want(refusedText, "posix", "write", path)
 		other.want("ok", "posix", "read", path)
 		mustRelease(t, l, "")
-		if _, err := f.Lock(path, Exclusive, false); !errors.Is(err, ErrLocked) {
+		if _, err := f.Lock(path, Exclusive, false, nil); !errors.Is(err, ErrLocked) {
 			t.Errorf("while another process holds it: %v", err)
 		}
 		other.want("ok", "close", path)
 		mustRelease(t, mustLock(t, f, path, Exclusive, false), "")
 		other.want("ok", "ofd", "write", path)
-		if _, err := f.Lock(path, Shared, false); !errors.Is(err, ErrLocked) {
+		if _, err := f.Lock(path, Shared, false, nil); !errors.Is(err, ErrLocked) {
 			t.Errorf("while another process holds it: %v", err)
 		}
 		if data, err := os.ReadFile(path); string(data) != "data" || err != nil {
@@ -60,7 +60,7 @@ func TestLockKnowsOtherNames(t *testing.T) {
 		for _, name := range names {
 			l := mustLock(t, f, dir+name, Exclusive, false)
 			for _, other := range names {
-				if _, err := f.Lock(dir+other, Shared, false); !errors.Is(err, ErrLocked) {
+				if _, err := f.Lock(dir+other, Shared, false, nil); !errors.Is(err, ErrLocked) {
 					t.Errorf("%s while %s is locked: %v", other, name, err)
 				}
 				if id, err := f.Stat(dir + other); id != l.ID() || err != nil {
@@ -72,7 +72,7 @@ func TestLockKnowsOtherNames(t *testing.T) {
 		first := mustLock(t, f, dir+"/disk", Shared, false)
 		second := mustLock(t, f, dir+"/hard", Shared, false)
 		mustRelease(t, first, "")
-		if _, err := f.Lock(path, Exclusive, false); !errors.Is(err, ErrLocked) {
+		if _, err := f.Lock(path, Exclusive, false, nil); !errors.Is(err, ErrLocked) {
 			t.Errorf("while one of two sharers is left: %v", err)
 		}
 		mustRelease(t, second, "")
@@ -141,7 +141,7 @@ func TestLockErrors(t *testing.T) {
 			{deep, true, unix.ENAMETOOLONG},
 			{dir + "/nul\x00", true, unix.EINVAL},
 		} {
-			_, err := f.Lock(test.path, Exclusive, test.create)
+			_, err := f.Lock(test.path, Exclusive, test.create, nil)
 			var e *Error
 			if !errors.As(err, &e) || e.Op != OpOpen || e.Path != test.path || e.Errno() != test.want {
 				t.Errorf("%.100q, create %t: %v, want %v", test.path, test.create, err, test.want)
@@ -199,14 +199,14 @@ func TestLockRechecks(t *testing.T) {
 					return
 				default:
 				}
-				if l, err := other.Lock(path, Exclusive, true); err == nil {
+				if l, err := other.Lock(path, Exclusive, true, nil); err == nil {
 					l.Release(path, nil)
 				}
 			}
 		}()
 		got := 0
 		for n := 0; n < 20000 && got < 200; n++ {
-			l, err := f.Lock(path, Exclusive, true)
+			l, err := f.Lock(path, Exclusive, true, nil)
 			if errors.Is(err, ErrLocked) {
 				continue
 			}
@@ -299,7 +299,7 @@ func TestLeasedFile(t *testing.T) {
 		}
 		locked := make(chan *Lock)
 		go func() {
-			l, err := f.Lock(path, Exclusive, create)
+			l, err := f.Lock(path, Exclusive, create, nil)
 			if err != nil {
 				t.Error(err)
 			}

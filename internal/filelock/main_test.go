@@ -167,7 +167,7 @@ func makeFile(t testing.TB, path, content string) string {
 
 func mustLock(t testing.TB, f *Files, path string, mode Mode, create bool) *Lock {
 	t.Helper()
-	l, err := f.Lock(path, mode, create)
+	l, err := f.Lock(path, mode, create, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

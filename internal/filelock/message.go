@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/internal/lease"
 	"virtlockd/internal/vault"
 )
 
@@ -26,6 +27,7 @@ type request struct {
 	op     workOp
 	mode   Mode
 	create bool
+	record []byte // of workLock: to be written to a lease file; nil: none
 	path   string // absolute; of workRelease: what to unlink, may be ""; of workShare: the record
 	// fds are: of workLock the cell to store the file in; of workRelease and workCheck the cell that it lies in, none if the
 	// worker itself holds the lock; of workShare that cell, another one, and perhaps a pidfd to go with the file.
@@ -49,11 +51,13 @@ const (
 
 // reply is what came of it. The errno belongs to the step.
 type reply struct {
-	errno  syscall.Errno
-	step   step
-	posix  bool // workLock: a POSIX lock, which the worker holds itself
-	id     FileID
-	holder *worker // set by the pool: the worker that holds the POSIX lock
+	errno       syscall.Errno
+	step        step
+	posix       bool // workLock: a POSIX lock, which the worker holds itself
+	id          FileID
+	record      []byte        // workLock, refused: what was found in the file
+	recordErrno syscall.Errno // workLock: why no record could be written
+	holder      *worker       // set by the pool: the worker that holds the POSIX lock
 }
 
 // step says where an errno came from.
@@ -70,14 +74,17 @@ const (
 )
 
 const (
-	requestHeader = 3
-	maxRequest    = requestHeader + max(pathMax, vault.MaxRecord)
+	requestHeader = 5
+	maxRequest    = requestHeader + lease.Max + max(pathMax, vault.MaxRecord)
 	maxRequestFDs = 3
-	replySize     = 24
+	replySize     = 24 // without record
+	maxReply      = replySize + lease.Max
 )
 
 func appendRequest(b []byte, r request) []byte {
 	b = append(b, byte(r.op), byte(r.mode), asByte(r.create))
+	b = binary.NativeEndian.AppendUint16(b, uint16(len(r.record)))
+	b = append(b, r.record...)
 	return append(b, r.path...)
 }
 
@@ -85,22 +92,30 @@ func parseRequest(b []byte) (request, bool) {
 	if len(b) < requestHeader || len(b) > maxRequest {
 		return request{}, false
 	}
-	r := request{op: workOp(b[0]), mode: Mode(b[1]), create: b[2] != 0, path: string(b[requestHeader:])}
+	n, rest := int(binary.NativeEndian.Uint16(b[3:])), b[requestHeader:]
+	if n > min(len(rest), lease.Max) {
+		return request{}, false
+	}
+	r := request{op: workOp(b[0]), mode: Mode(b[1]), create: b[2] != 0, path: string(rest[n:])}
+	if n > 0 {
+		r.record = rest[:n:n]
+	}
 	return r, r.op >= workLock && r.op <= workShare && r.mode <= Exclusive
 }
 
 func appendReply(b []byte, r reply) []byte {
 	b = binary.NativeEndian.AppendUint32(b, uint32(r.errno))
-	b = append(b, byte(r.step), asByte(r.posix), asByte(r.id.Block), 0)
+	b = append(b, byte(r.step), asByte(r.posix), asByte(r.id.Block), byte(r.recordErrno))
 	b = binary.NativeEndian.AppendUint64(b, r.id.Dev)
-	return binary.NativeEndian.AppendUint64(b, r.id.Ino)
+	b = binary.NativeEndian.AppendUint64(b, r.id.Ino)
+	return append(b, r.record...)
 }
 
 func parseReply(b []byte) (reply, bool) {
-	if len(b) != replySize {
+	if len(b) < replySize || len(b) > maxReply {
 		return reply{}, false
 	}
-	return reply{
+	r := reply{
 		errno: syscall.Errno(binary.NativeEndian.Uint32(b)),
 		step:  step(b[4]),
 		posix: b[5] != 0,
@@ -109,7 +124,12 @@ func parseReply(b []byte) (reply, bool) {
 			Ino:   binary.NativeEndian.Uint64(b[16:]),
 			Block: b[6] != 0,
 		},
-	}, true
+		recordErrno: syscall.Errno(b[7]),
+	}
+	if len(b) > replySize {
+		r.record = append(r.record, b[replySize:]...)
+	}
+	return r, true
 }
 
 func asByte(b bool) byte {

@@ -166,7 +166,7 @@ func TestBindMountIsTheSameFile(t *testing.T) {
 	f := newFiles(t, Config{})
 	l := mustLock(t, f, path, Exclusive, false)
 	for _, name := range []string{"/b/disk", "/c"} {
-		if _, err := f.Lock(dir+name, Shared, false); err == nil || l.Remote() {
+		if _, err := f.Lock(dir+name, Shared, false, nil); err == nil || l.Remote() {
 			t.Errorf("%s while it is locked: %v", name, err)
 		}
 		if id, err := f.Stat(dir + name); id != l.ID() || err != nil {
@@ -198,14 +198,14 @@ func TestTwoNodesOfOneDisk(t *testing.T) {
 		if id, err := f.Stat(dir + node); id != want || err != nil {
 			t.Errorf("%s is %v, %v; want %v", node, id, err, want)
 		}
-		l, err := f.Lock(dir+node, Exclusive, false)
+		l, err := f.Lock(dir+node, Exclusive, false, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if !l.Remote() || l.ID() != want || l.mount != deviceName(number) {
 			t.Errorf("%s: remote %t, %v, mount %q", node, l.Remote(), l.ID(), l.mount)
 		}
-		if _, err := f.Lock(dir+node, Exclusive, true); err == nil {
+		if _, err := f.Lock(dir+node, Exclusive, true, nil); err == nil {
 			t.Errorf("%s was locked twice", node)
 		}
 		if err := f.Delete(dir+node, func(id FileID) bool { return id == want }); err == nil {

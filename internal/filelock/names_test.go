@@ -204,7 +204,7 @@ func TestLinkInStickyDirectory(t *testing.T) {
 	if err := os.Lchown(sticky+"/theirs", 12345, 12345); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Lock(sticky+"/theirs", Exclusive, false); errnoOf(err) != unix.EACCES {
+	if _, err := f.Lock(sticky+"/theirs", Exclusive, false, nil); errnoOf(err) != unix.EACCES {
 		t.Errorf("a link of somebody else: %v", err)
 	}
 }

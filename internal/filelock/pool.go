@@ -179,12 +179,11 @@ func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 	}
 	err := sendMessage(w.control, appendRequest(o.buf[:0], r), r.fds...)
 	for err == nil {
-		var data [replySize + 1]byte
 		var n int
-		if n, _, err = receiveMessage(w.control, data[:], nil); err != nil {
+		if n, _, err = receiveMessage(w.control, o.buf[:], nil); err != nil {
 			break
 		}
-		answer, ok := parseReply(data[:n])
+		answer, ok := parseReply(o.buf[:n])
 		if !ok {
 			break // it ended
 		}

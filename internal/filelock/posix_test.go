@@ -82,7 +82,7 @@ func TestPOSIXLocks(t *testing.T) {
 		}
 		for range 50 { // none of which may drop the lock, nor keep anything open
 			for _, name := range []string{path, dir + "/hard"} {
-				if _, err := f.Lock(name, Shared, false); !errors.Is(err, ErrLocked) {
+				if _, err := f.Lock(name, Shared, false, nil); !errors.Is(err, ErrLocked) {
 					t.Errorf("%s: a second lock of %s: %v", test.name, name, err)
 				}
 			}
@@ -90,7 +90,7 @@ func TestPOSIXLocks(t *testing.T) {
 		other.want(refusedText, "ofd", "read", path)
 		mustRelease(t, l, "")
 		other.want("ok", "ofd", "write", path)
-		if _, err := f.Lock(path, Shared, false); !errors.Is(err, ErrLocked) {
+		if _, err := f.Lock(path, Shared, false, nil); !errors.Is(err, ErrLocked) {
 			t.Errorf("%s: locked by another process: %v", test.name, err)
 		}
 		other.want("ok", "close", path)
@@ -99,7 +99,7 @@ func TestPOSIXLocks(t *testing.T) {
 		second := mustLock(t, f, dir+"/hard", Shared, false)
 		third := mustLock(t, f, path, Shared, false)
 		for _, l := range []*Lock{first, third} {
-			if _, err := f.Lock(path, Exclusive, false); !errors.Is(err, ErrLocked) {
+			if _, err := f.Lock(path, Exclusive, false, nil); !errors.Is(err, ErrLocked) {
 				t.Errorf("%s: exclusively beside sharers: %v", test.name, err)
 			}
 			mustRelease(t, l, "")
@@ -152,7 +152,7 @@ func TestPOSIXTableUnderLoad(t *testing.T) {
 			random := rand.New(rand.NewPCG(1, uint64(n)))
 			for range 2000 {
 				mode := Mode(random.IntN(2))
-				l, err := f.Lock(path, mode, true)
+				l, err := f.Lock(path, mode, true, nil)
 				if errors.Is(err, ErrLocked) {
 					continue
 				}

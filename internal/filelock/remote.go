@@ -14,13 +14,16 @@ import (
 // lockRemote has a worker open and lock the file. What the worker opened goes
 // into a cell and never into the descriptor table of this process: its
 // close would ask the server, and could hang, at exec and exit too.
-func (l *Lock) lockRemote(o *op, mount, path string, create bool) error {
+func (l *Lock) lockRemote(o *op, mount, path string, create bool, record []byte) error {
 	cell, err := vault.NewCell()
 	if err != nil {
 		return &Error{OpStore, l.path, fmt.Errorf("make a socket for the locked file: %w", err)}
 	}
-	r := request{op: workLock, mode: l.mode, create: create, path: path, fds: []int{cell.FD()}}
+	r := request{op: workLock, mode: l.mode, create: create, record: record, path: path, fds: []int{cell.FD()}}
 	answer, err := l.files.pool.call(o, mount, nil, r)
+	if err == nil {
+		l.files.complainAbout(l.path, answer.recordErrno)
+	}
 	switch {
 	case err == nil && answer.posix:
 		cell.Close()
@@ -48,7 +51,7 @@ func (l *Lock) lockRemote(o *op, mount, path string, create bool) error {
 		err = &Error{OpStore, l.path, err}
 	default:
 		l.id = answer.id
-		err = l.lockError(answer.errno)
+		err = l.lockError(answer.errno, answer.record)
 	}
 	cell.Close()
 	return err

@@ -116,7 +116,7 @@ type work struct {
 	scratch
 	held   int // the file with the POSIX lock that this process holds, or -1
 	in     [maxRequest]byte
-	out    [replySize]byte
+	out    [maxReply]byte
 	rights [64]byte
 }
 
@@ -204,6 +204,7 @@ func lstat(path string) (fileInfo, syscall.Errno) {
 // lock is Lock, with the kernel following all links.
 func (w *work) lock(r request) reply {
 	flags := 0
+	var recordErrno syscall.Errno
 	if r.create {
 		flags = unix.O_CREAT
 	}
@@ -224,26 +225,33 @@ func (w *work) lock(r request) reply {
 			errno = w.setLock(fd, cmd, lockType(r.mode))
 		}
 		if errno != 0 {
+			answer := reply{errno: errno, step: stepLock, id: info.id}
+			if refused(errno) {
+				answer.record = readRecord(fd, info)
+			}
 			unix.Close(fd)
-			return reply{errno: errno, step: stepLock, id: info.id}
+			return answer
 		}
 		if r.create {
-			if now, errno := stat(r.path); errno != 0 || now.id != info.id {
+			now, errno := stat(r.path)
+			if errno != 0 || now.id != info.id {
 				w.giveUp(fd, cmd)
 				continue
 			}
+			// On NFS others see it when the worker has closed the file, below.
+			recordErrno = writeRecord(fd, now, r.record)
 		}
 		if cmd == unix.F_SETLK {
 			// Such a lock belongs to this process and goes with the descriptor.
 			w.held = fd
-			return reply{id: info.id, posix: true}
+			return reply{id: info.id, posix: true, recordErrno: recordErrno}
 		}
 		if err := vault.At(r.fds[0]).Put([]byte{1}, fd); err != nil {
 			w.giveUp(fd, cmd)
 			return reply{errno: cellErrno(err), step: stepStore}
 		}
 		unix.Close(fd)
-		return reply{id: info.id}
+		return reply{id: info.id, recordErrno: recordErrno}
 	}
 	return reply{errno: unix.EAGAIN, step: stepOpen}
 }
@@ -294,8 +302,9 @@ func (w *work) unlinkLease(fd int, path string) syscall.Errno {
 	if errno != 0 {
 		return errno
 	}
+	ours, _ := emptyRecord(fd, locked)
 	now, errno := lstat(path)
-	if errno == 0 && isLease(now, locked.id) {
+	if errno == 0 && isLease(now, locked.id, ours) {
 		errno = retry(func() error { return unix.Unlink(path) })
 	}
 	if errno == unix.ENOENT {

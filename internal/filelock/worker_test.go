@@ -77,7 +77,7 @@ func TestWorkerCannotStart(t *testing.T) {
 	for _, self := range []string{"/bin/false", "/nonexistent", path} {
 		f := newFiles(t, Config{Self: self})
 		f.openat2 = false
-		_, err := f.Lock(path, Exclusive, false)
+		_, err := f.Lock(path, Exclusive, false, nil)
 		var e *Error
 		if !errors.As(err, &e) || e.Op != OpWorker || e.Path != path {
 			t.Errorf("%s as worker: %v", self, err)
@@ -120,7 +120,7 @@ func TestTooManyInFlight(t *testing.T) {
 	if err := cell.Put([]byte{1}, make([]int, 43)...); err != nil {
 		t.Fatal(err)
 	}
-	_, err = f.Lock(path, Shared, false)
+	_, err = f.Lock(path, Shared, false, nil)
 	var e *Error
 	if !errors.As(err, &e) || e.Op != OpStore || e.Errno() != unix.ETOOMANYREFS {
 		t.Errorf("beyond the limit: %v", err)
@@ -150,12 +150,13 @@ func TestReply(t *testing.T) {
 		{errno: unix.ENOENT, step: stepOpen},
 		{id: FileID{Dev: 1<<63 + 5, Ino: 7}, posix: true},
 		{id: FileID{Dev: 3, Block: true}},
+		{errno: unix.EAGAIN, step: stepLock, record: []byte("record"), recordErrno: unix.EDQUOT},
 	} {
 		b := appendReply(nil, want)
-		if got, ok := parseReply(b); !ok || got != want {
+		if got, ok := parseReply(b); !ok || !reflect.DeepEqual(got, want) {
 			t.Errorf("%+v became %+v, %t", want, got, ok)
 		}
-		for n := range b {
+		for n := range replySize {
 			if _, ok := parseReply(b[:n]); ok {
 				t.Errorf("%d bytes of %d are taken for a reply", n, len(b))
 			}

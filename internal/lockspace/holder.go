@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"virtlockd/internal/filelock"
+	"virtlockd/internal/lease"
 	"virtlockd/internal/owner"
 )
 
@@ -101,5 +102,19 @@ func (t *Table) named(err error) error {
 	if r := t.files[locked.File]; r != nil && len(r.holders) > 0 {
 		return &LockedError{r.holder(), err}
 	}
+	// What the file says is true only while somebody has it, and he has just been met.
+	if record, ok := lease.Parse(locked.Record); ok {
+		return &LockedError{Holder{Domain: record.Domain, UUID: record.UUID, PID: record.PID, Host: record.Host, Since: record.Since}, err}
+	}
 	return err
+}
+
+// record is what the file of a lease says of its owner, while he has it exclusively.
+func (r *resource) record(o *owner.Owner) []byte {
+	if r.flags&AutoCreate == 0 || r.shared() {
+		return nil
+	}
+	d := o.Details()
+	record := lease.Record{Host: hostname(), Domain: d.Name, UUID: d.UUIDString(), PID: o.PID, Since: time.Now()}
+	return record.Bytes()
 }

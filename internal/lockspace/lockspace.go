@@ -36,7 +36,7 @@ const (
 
 // A Locker takes locks on files. *filelock.Files is the one for the disks of this host.
 type Locker interface {
-	Lock(path string, mode filelock.Mode, create bool) (*filelock.Lock, error)
+	Lock(path string, mode filelock.Mode, create bool, record []byte) (*filelock.Lock, error)
 	MakeDir(path string) error
 	Create(path string) error
 	Delete(path string, held func(filelock.FileID) bool) error
@@ -348,7 +348,7 @@ func (t *Table) acquire(req *Request) (serial uint64, path string, err error) {
 	if r.shared() {
 		mode = filelock.Shared
 	}
-	lock, err := t.cfg.Locker.Lock(path, mode, r.flags&AutoCreate != 0)
+	lock, err := t.cfg.Locker.Lock(path, mode, r.flags&AutoCreate != 0, r.record(req.Owner))
 	since := time.Now().UnixNano()
 	if err == nil {
 		r.lock = lock

@@ -33,7 +33,7 @@ type gate struct {
 	reached chan string
 }
 
-func (g *gate) Lock(path string, m filelock.Mode, create bool) (*filelock.Lock, error) {
+func (g *gate) Lock(path string, m filelock.Mode, create bool, record []byte) (*filelock.Lock, error) {
 	g.mu.Lock()
 	wait := g.hang[path]
 	g.mu.Unlock()
@@ -41,7 +41,7 @@ func (g *gate) Lock(path string, m filelock.Mode, create bool) (*filelock.Lock, 
 		g.reached <- path
 		<-wait
 	}
-	return g.Files.Lock(path, m, create)
+	return g.Files.Lock(path, m, create, record)
 }
 
 // hold makes the next calls of Lock on path wait for the returned function.

@@ -361,7 +361,8 @@ func (w *world) state(dirs []string) []string {
 			name := dir + strings.TrimPrefix(path, root)
 			line := fmt.Sprintf("%s %s", name, fi.Mode())
 			if fi.Mode().IsRegular() {
-				line += fmt.Sprintf(" %d bytes %d links", fi.Size(), fi.Sys().(*syscall.Stat_t).Nlink)
+				line += fmt.Sprintf(" %d bytes %d links", w.h.SizeWithoutRecord(w.d, name, fi), // D-record
+					fi.Sys().(*syscall.Stat_t).Nlink)
 			}
 			if !fi.IsDir() {
 				// Gone since then: the next look is another one.

@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/lease"
 )
 
 // Lock is one line of /proc/locks.
@@ -124,4 +126,20 @@ func (h *Host) Free(path string, exclusive bool) bool {
 		return nil
 	})
 	return free
+}
+
+// SizeWithoutRecord returns the size of a file, 0 if a lease's holder is told in it: only while the daemon has it exclusively.
+func (h *Host) SizeWithoutRecord(d *Daemon, path string, fi os.FileInfo) int64 {
+	if !fi.Mode().IsRegular() || fi.Size() == 0 || fi.Size() > lease.Max {
+		return fi.Size()
+	}
+	content, err := os.ReadFile(h.Path(path))
+	if _, ok := lease.Parse(content); err != nil || !ok {
+		return fi.Size()
+	}
+	locks, _ := h.LocksOf(d, path)
+	if len(locks) != 1 || locks[0].Type != "WRITE" {
+		return fi.Size()
+	}
+	return 0
 }

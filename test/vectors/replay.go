@@ -322,9 +322,10 @@ func (r *replay) check(s Step) error {
 	kinds := map[fs.FileMode]string{0: "file", fs.ModeDir: "dir", fs.ModeSymlink: "symlink"}
 	kind := kinds[fi.Mode().Type()]
 	mode := fmt.Sprintf("%04o", fi.Mode().Perm())
-	if kind != s.Type || s.Mode != "" && mode != s.Mode || s.Size != nil && fi.Size() != *s.Size {
+	n := r.h.SizeWithoutRecord(r.d, s.Path, fi) // D-record
+	if kind != s.Type || s.Mode != "" && mode != s.Mode || s.Size != nil && n != *s.Size {
 		return fmt.Errorf("it is a %s with mode %s and %d bytes, want a %s with mode %s and size %s",
-			kind, mode, fi.Size(), s.Type, s.Mode, size(s.Size))
+			kind, mode, n, s.Type, s.Mode, size(s.Size))
 	}
 	return nil
 }
