@@ -73,6 +73,7 @@ var commands = []command{
 	{name: "check", short: "See whether each lock is what it should be.", output: true, setup: check},
 	{name: "status", short: "Show how the daemon is.", output: true, setup: status},
 	{name: "release", args: "RESOURCE", short: "Take a lock from its owner, in an emergency.", output: true, setup: release, min: 1, max: 1},
+	{name: "resume", args: "DOMAIN|PID", short: "Continue a guest that was stopped because a lock was lost.", output: true, setup: resume, min: 1, max: 1},
 	{name: "top", short: "Show what happens, live.", setup: top},
 	{name: "metrics", short: "Print metrics for Prometheus' textfile collector.", setup: printMetrics},
 	{name: "exporter", short: "Serve metrics to Prometheus.", setup: exporter},

@@ -146,7 +146,7 @@ Log_Level = [ 1, [ "a", 'b', ], ]
 func TestWrongTypes(t *testing.T) {
 	t.Parallel()
 	for key := range known {
-		isText := strings.HasPrefix(key, "log_f") || strings.HasPrefix(key, "log_o")
+		isText := strings.HasPrefix(key, "log_f") || strings.HasPrefix(key, "log_o") || key == "lock_lost_action"
 		for _, v := range []string{"5", "-5", "-0", "'s'", "[]", "4294967296", "18446744073709551621"} {
 			want := ""
 			switch {
@@ -156,6 +156,8 @@ func TestWrongTypes(t *testing.T) {
 				want = "internal error: f:3: value for '" + key + "' parameter must be in range 0:4294967295"
 			case !isText && v != "5":
 				want = "internal error: f:3: expected an unsigned integer for '" + key + "' parameter"
+			case isText && key == "lock_lost_action":
+				want = `invalid argument: f:3: lock_lost_action must be "log", "pause" or "kill", not "s"`
 			case key == "log_level":
 				want = "invalid argument: f:3: Failed to set logging priority, argument '5' is invalid"
 			}

@@ -15,13 +15,14 @@ type Settings struct {
 	LogOutputs      string // log_outputs: "" if unset
 	MaxClients      uint32 // max_clients: clients of the lock socket served at a time, at least 1
 	AdminMaxClients uint32 // admin_max_clients: the same for the admin socket
+	LockLostAction  string // lock_lost_action: "log", "pause" or "kill"
 
 	file *File // where the values come from; nil for the defaults
 }
 
 // Defaults returns the settings of an empty file.
 func Defaults() Settings {
-	return Settings{MaxClients: 1024, AdminMaxClients: 5000}
+	return Settings{MaxClients: 1024, AdminMaxClients: 5000, LockLostAction: "log"}
 }
 
 // Where says where the key was set, as "FILE:LINE", or "" where the default is in force.
@@ -58,6 +59,7 @@ var known = map[string]bool{
 	"log_outputs":       true,
 	"max_clients":       true,
 	"admin_max_clients": true,
+	"lock_lost_action":  true,
 }
 
 // LoadSettings reads the file at path. With optional set, a file that doesn't exist gives the defaults (the default
@@ -83,6 +85,7 @@ func (f *File) Settings() (Settings, error) {
 		func() error { return f.Text("log_outputs", &s.LogOutputs) },
 		func() error { return f.Uint32("max_clients", &s.MaxClients) },
 		func() error { return f.Uint32("admin_max_clients", &s.AdminMaxClients) },
+		func() error { return f.Text("lock_lost_action", &s.LockLostAction) },
 		s.check,
 	} {
 		if err := read(); err != nil {
@@ -102,6 +105,11 @@ func (s *Settings) check() error {
 	if s.MaxClients == 0 {
 		return s.invalid("max_clients", "max_clients must be at least 1: with 0 no virtual machine could get a lock; leave it out for the default of %d",
 			Defaults().MaxClients)
+	}
+	switch s.LockLostAction {
+	case "log", "pause", "kill":
+	default:
+		return s.invalid("lock_lost_action", "lock_lost_action must be \"log\", \"pause\" or \"kill\", not %.40q", s.LockLostAction)
 	}
 	return nil
 }

@@ -39,6 +39,7 @@ import (
 	"virtlockd/internal/state"
 	"virtlockd/internal/systemd"
 	"virtlockd/internal/vault"
+	"virtlockd/internal/watch"
 )
 
 // Exit codes, as the C daemon has them. The others it has belong to the live upgrade.
@@ -215,6 +216,7 @@ type daemon struct {
 	files        *filelock.Files
 	owners       *owner.Registry
 	events       *events.Log
+	watcher      *watch.Watcher
 	table        *lockspace.Table
 	locks        *lockproto.Program
 	adminProgram *adminproto.Program
@@ -725,6 +727,7 @@ func (d *daemon) serve() (code int, ended bool) {
 		d.table.Confirm(d.tellFinding)
 		d.strengthen(ctx.Done())
 	})
+	go d.watcher.Run(ctx) // nobody waits for it: it may wait for a disk
 	// On a goroutine of its own: a configuration on a disk that hangs must not delay the end.
 	go func() {
 		for {

@@ -11,6 +11,7 @@ import (
 	"virtlockd/internal/inspectproto"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/verify"
+	"virtlockd/internal/watch"
 )
 
 // servers returns what administrators see, in the order in which they see it.
@@ -19,11 +20,20 @@ func (d *daemon) servers() []*rpc.Server { return []*rpc.Server{d.admin, d.lock}
 // inspection returns the programs by which virtlockctl looks at us.
 func (d *daemon) inspection() []rpc.Program {
 	serving := time.Now()
+	checker := verify.New(d.table)
+	d.watcher = watch.New(watch.Config{
+		Table:   d.table,
+		Checker: checker,
+		Events:  d.events,
+		Logger:  d.category("locking.lock_daemon"),
+		Action:  func() string { return d.limits.Load().LockLostAction },
+	})
 	return inspectproto.Programs(inspectproto.Config{
 		Table:   d.table,
 		Files:   d.files,
 		Events:  d.events,
-		Checker: verify.New(d.table),
+		Checker: checker,
+		Watcher: d.watcher,
 		Safe:    d.safe,
 		Servers: d.servers,
 		Life: func() inspectproto.Life {

@@ -21,10 +21,10 @@ const (
 	Acquired  Kind = iota // a lock was acquired
 	Released              // a lock was given up; Reason says why
 	Refused               // a lock was not given; Reason says why
-	Killed                // an owner was sent a signal because it hung up while it held locks; Reason names it
+	Killed                // an owner was sent a signal because it hung up while it held locks, or a lock was lost; Reason names it
 	Upgraded              // another binary has taken over in the same process
 	Recovered             // the daemon has started again and found its locks
-	Lost                  // a lock that an owner holds was lost beneath it
+	Lost                  // a lock that an owner holds was lost beneath it; Reason is what was found
 	kinds                 // how many there are
 )
 
@@ -59,6 +59,16 @@ const (
 	Terminate Reason = "SIGTERM"
 	Kill      Reason = "SIGKILL"
 	Stuck     Reason = "stuck" // it does not end although it was killed
+	Stop      Reason = "SIGSTOP"
+	Continue  Reason = "SIGCONT"
+)
+
+// Reasons of Lost: kinds of findings of package verify.
+const (
+	Gone       Reason = "lock-gone"
+	Replaced   Reason = "replaced"
+	Deleted    Reason = "deleted"
+	Unreadable Reason = "read-error"
 )
 
 // Reasons returns those that an event of a kind can have, so that each is counted from zero on.
@@ -69,7 +79,9 @@ func (k Kind) Reasons() []Reason {
 	case Refused:
 		return []Reason{Held, HeldOutside, Missing, Hung, OwnerEnded, ClientGone, Failed}
 	case Killed:
-		return []Reason{Terminate, Kill, Stuck}
+		return []Reason{Terminate, Kill, Stuck, Stop, Continue}
+	case Lost:
+		return []Reason{Gone, Replaced, Deleted, Unreadable}
 	}
 	return []Reason{""}
 }

@@ -45,8 +45,9 @@ const (
 	workCreate
 	workUnlink
 	workStat
-	workCheck // look at what is in the cell, or, without one, at the file at path
-	workShare // store what is in one cell in another one, with a record
+	workCheck  // look at what is in the cell, or, without one, at the file at path
+	workShare  // store what is in one cell in another one, with a record
+	workUnlock // unlock what is in the cell, and leave it there
 )
 
 // reply is what came of it. The errno belongs to the step.
@@ -100,7 +101,7 @@ func parseRequest(b []byte) (request, bool) {
 	if n > 0 {
 		r.record = rest[:n:n]
 	}
-	return r, r.op >= workLock && r.op <= workShare && r.mode <= Exclusive
+	return r, r.op >= workLock && r.op <= workUnlock && r.mode <= Exclusive
 }
 
 func appendReply(b []byte, r reply) []byte {

@@ -31,8 +31,11 @@ const (
 	ProcCheck    = 5 // Part -> Checks
 )
 
-// ProcRelease is the procedure of the write program: ReleaseRequest -> Released.
-const ProcRelease = 1
+// Procedures of the write program.
+const (
+	ProcRelease = 1 // ReleaseRequest -> Released
+	ProcResume  = 2 // ResumeRequest -> Owner
+)
 
 const (
 	// MaxRequest bounds the arguments of a call: two names of the lock protocol, each byte as \u0000.
@@ -227,6 +230,11 @@ type ReleaseRequest struct {
 	Lockspace Text   `json:"lockspace"`
 	Resource  Text   `json:"resource"`
 	PID       *int32 `json:"pid,omitempty"`
+}
+
+// ResumeRequest is to continue an owner who was stopped because a lock was lost: by the domain's name, its UUID or the process id.
+type ResumeRequest struct {
+	Who Text `json:"who"`
 }
 
 // Released is who has lost a lock, and how many acquisitions of the resource are left.

@@ -125,6 +125,12 @@ func (c *Conn) Release(req *inspect.ReleaseRequest) (*inspect.Released, error) {
 	return r, c.call(inspect.WriteProgram, inspect.ProcRelease, req, r)
 }
 
+// Resume continues an owner who was stopped because a lock was lost.
+func (c *Conn) Resume(who string) (*inspect.Owner, error) {
+	o := new(inspect.Owner)
+	return o, c.call(inspect.WriteProgram, inspect.ProcResume, &inspect.ResumeRequest{Who: inspect.Text(who)}, o)
+}
+
 // The frame that package rpc describes.
 const (
 	headerSize  = 28

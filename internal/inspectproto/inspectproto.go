@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"time"
 
 	"virtlockd/internal/events"
@@ -20,6 +21,7 @@ import (
 	"virtlockd/internal/owner"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/verify"
+	"virtlockd/internal/watch"
 )
 
 // Life is the daemon's own history.
@@ -34,6 +36,7 @@ type Config struct {
 	Files   *filelock.Files
 	Events  *events.Log
 	Checker *verify.Checker
+	Watcher *watch.Watcher
 	// Safe tells whether locks outlive a crash of the daemon, why not, and how many holds do.
 	Safe    func() (on bool, why string, holds int)
 	Servers func() []*rpc.Server
@@ -267,14 +270,24 @@ func (p *writer) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, 
 	if c.ReadOnly() {
 		return out, rpc.Ordinary(rpc.CodeOperationDenied, rpc.DomainAdmin, "operation forbidden: %s", "this connection is read only")
 	}
-	if proc != inspect.ProcRelease {
+	var reply any
+	var err error
+	switch proc {
+	case inspect.ProcRelease:
+		var req inspect.ReleaseRequest
+		if err := decode(payload, &req); err != nil {
+			return out, err
+		}
+		reply, err = p.release(c, &req)
+	case inspect.ProcResume:
+		var req inspect.ResumeRequest
+		if err := decode(payload, &req); err != nil {
+			return out, err
+		}
+		reply, err = p.resume(c, string(req.Who))
+	default:
 		return out, rpc.ErrNoProc
 	}
-	var req inspect.ReleaseRequest
-	if err := decode(payload, &req); err != nil {
-		return out, err
-	}
-	reply, err := p.release(c, &req)
 	if err != nil {
 		return out, rpc.Ordinary(rpc.CodeOperationInvalid, rpc.DomainAdmin, "Requested operation is not valid: %s", err.Error())
 	}
@@ -296,4 +309,20 @@ func (p *writer) release(c *rpc.Client, req *inspect.ReleaseRequest) (*inspect.R
 	p.cfg.Logger.Warn("a lock was taken from its owner by an administrator; if the guest runs it goes on without protection",
 		"lockspace", what.Lockspace, "resource", what.Resource, "", who, administrator)
 	return &inspect.Released{Owner: describeOwner(who, who.PID), Left: left}, nil
+}
+
+// resume continues an owner who was stopped because a lock was lost.
+func (p *writer) resume(c *rpc.Client, who string) (*inspect.Owner, error) {
+	d, err := p.cfg.Watcher.Resume(func(o *owner.Owner) bool {
+		d := o.Details()
+		return d.Name == who || d.UUIDString() == who || strconv.Itoa(int(o.PID)) == who
+	})
+	administrator := slog.Group("administrator", slog.Int("pid", int(c.PID())), slog.Uint64("client", c.ID()))
+	if err != nil {
+		p.cfg.Logger.Warn("an owner is not continued, as an administrator wants it", "owner", who, "error", err, administrator)
+		return nil, err
+	}
+	p.cfg.Logger.Warn("an owner is continued by an administrator", "", d, administrator)
+	o := describeOwner(d, d.PID)
+	return &o, nil
 }

@@ -19,6 +19,7 @@ import (
 	"virtlockd/internal/poll"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/verify"
+	"virtlockd/internal/watch"
 	"virtlockd/internal/xdr"
 )
 
@@ -53,6 +54,7 @@ func newFixture(t testing.TB) *fixture {
 		Life:    func() Life { return Life{Started: time.Unix(1, 0), Serving: time.Unix(2, 0), Upgrades: 3} },
 		Dropped: func() uint64 { return 4 },
 	}
+	f.cfg.Watcher = watch.New(watch.Config{Table: table, Checker: f.cfg.Checker, Events: happened, Logger: log, Action: func() string { return watch.Log }})
 	programs := Programs(f.cfg)
 	f.reader, f.writer = programs[0], programs[1]
 	t.Cleanup(func() {
@@ -267,6 +269,7 @@ func FuzzCall(f *testing.F) {
 		f.Add(uint32(inspect.ProcEvents), b)
 		f.Add(uint32(inspect.ProcCheck), b)
 		f.Add(uint32(inspect.ProcRelease), b)
+		f.Add(uint32(inspect.ProcResume), b)
 	}
 	f.Fuzz(func(t *testing.T, proc uint32, payload []byte) {
 		c := new(rpc.Client)

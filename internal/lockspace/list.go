@@ -3,6 +3,7 @@
 package lockspace
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 
@@ -11,6 +12,7 @@ import (
 	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
+	"virtlockd/internal/vault"
 )
 
 // slots has a place for each resource that is held, which does not change while it is: so the table can be
@@ -146,6 +148,70 @@ func (t *Table) Current(e *Entry) (holds []Holding, ok bool) {
 	}
 	_, holds = r.entry(nil)
 	return holds, true
+}
+
+// Regain tries to take the lock of an entry again, which was found to be gone: see filelock.Lock.Regain. Then the entry is about the
+// lock that is held now. It may block as long as the disk hangs, and requests for the resource with it.
+//
+// Errors: ErrNotLocked if it was given up meanwhile, or the Locker's.
+func (t *Table) Regain(e *Entry, unreadable bool) error {
+	fail := func(err error) error {
+		return &Error{Op: "regain", Lockspace: e.Lockspace, Resource: e.Resource, Path: e.Path, Err: err}
+	}
+	t.mu.Lock()
+	r := t.still(e)
+	if r == nil {
+		t.mu.Unlock()
+		return fail(ErrNotLocked)
+	}
+	t.begin(r, acquiring)
+	t.mu.Unlock()
+	old := r.lock
+	fresh, err := old.Regain(unreadable)
+	t.mu.Lock()
+	if err != nil || fresh == old {
+		r.phase = held
+		t.end(r)
+		t.mu.Unlock()
+		if err != nil {
+			return fail(err)
+		}
+		return nil
+	}
+	r.lock, e.Lock = fresh, fresh
+	// Each hold moves to a cell with the new lock. The old lock goes with the last of its cells.
+	var last *vault.Cell
+	for i := range r.holders {
+		h := &r.holders[i]
+		t.mu.Unlock()
+		cell := t.store(r, h.owner, vault.Origin{}, h.since)
+		t.mu.Lock()
+		if last != nil && h.cell != nil {
+			old.Forget(last, h.cell)
+			t.vault.Load().Return(last)
+		}
+		last = cmp.Or(h.cell, last)
+		t.stored += count(cell) - count(h.cell)
+		h.cell = cell
+	}
+	r.phase = held
+	t.end(r)
+	t.mu.Unlock()
+	err = old.Release("", last)
+	if last != nil {
+		t.vault.Load().Return(last)
+	}
+	if err != nil {
+		t.cfg.Logger.Warn("what is left of a lock that was lost could not be given up", "path", e.Path, "error", err)
+	}
+	return nil
+}
+
+func count(cell *vault.Cell) int {
+	if cell == nil {
+		return 0
+	}
+	return 1
 }
 
 // ErrSeveral says that a resource is shared by several owners, one of whom has to be named.

@@ -51,9 +51,9 @@ var (
 		"refused": prometheus.NewDesc("virtlockd_locks_refused_total",
 			"Locks that were refused, by why: a guest did not start.", []string{"reason"}, nil),
 		"killed": prometheus.NewDesc("virtlockd_owners_killed_total",
-			"Steps that were taken to end owners who had lost their connection.", []string{"step"}, nil),
+			"Signals to owners who had lost their connection or a lock.", []string{"step"}, nil),
 		"lost": prometheus.NewDesc("virtlockd_locks_lost_total",
-			"Locks that were lost while their owner lives.", nil, nil),
+			"Locks that were lost while their owner lives, by what was found.", []string{"reason"}, nil),
 	}
 )
 

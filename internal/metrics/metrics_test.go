@@ -39,13 +39,13 @@ func TestCollector(t *testing.T) {
 		Counts: []inspect.Count{
 			{Kind: "acquired", N: 1}, {Kind: "refused", Reason: "held"}, {Kind: "refused", Reason: "hung"}, {Kind: "upgraded"},
 			// Of a daemon of tomorrow.
-			{Kind: "lost", Reason: "eaten"}, {Kind: "admired"},
+			{Kind: "acquired", Reason: "found"}, {Kind: "lost", Reason: "eaten"}, {Kind: "admired"},
 		},
 	}
 	n := gather(t, &Collector{Ask: func() (*inspect.Status, error) { return s, nil }})
 	for name, want := range map[string]int{
 		"virtlockd_up": 1, "virtlockd_clients": 2, "virtlockd_locks_refused_total": 2, "virtlockd_locks_acquired_total": 1,
-		"virtlockd_locks_lost_total": 0, "virtlockd_locks": 2, "virtlockd_workers": 2,
+		"virtlockd_locks_lost_total": 1, "virtlockd_locks": 2, "virtlockd_workers": 2,
 	} {
 		if n[name] != want {
 			t.Errorf("%s has %d values, want %d", name, n[name], want)

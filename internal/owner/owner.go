@@ -399,6 +399,36 @@ func (r *Registry) report(o *Owner, step events.Reason) {
 	r.cfg.Events.Add(events.Event{Kind: events.Killed, Reason: step, Owner: d.Name, UUID: d.UUID, PID: o.PID})
 }
 
+// ErrUnseen says that an owner is only a number: no process is known that could be sent a signal.
+var ErrUnseen = errors.New("the owner's process cannot be seen from here")
+
+// Stop stops the owner's process (SIGSTOP), so that it does nothing more until Continue. It needs no reference.
+//
+// Errors: ErrUnseen, ErrDead, or what the kernel says.
+func (o *Owner) Stop() error { return o.send(unix.SIGSTOP, events.Stop) }
+
+// Continue ends Stop.
+func (o *Owner) Continue() error { return o.send(unix.SIGCONT, events.Continue) }
+
+// Kill ends the owner's process at once. Asked to end, it would go on writing for a while.
+func (o *Owner) Kill() error { return o.send(unix.SIGKILL, events.Kill) }
+
+func (o *Owner) send(sig unix.Signal, step events.Reason) error {
+	o.reg.mu.Lock()
+	defer o.reg.mu.Unlock()
+	switch {
+	case o.proc == nil:
+		return ErrUnseen
+	case o.refs == 0 || o.proc.ended(): // without references the pidfd is closed
+		return ErrDead
+	}
+	err := o.proc.signal(sig)
+	if err == nil {
+		o.reg.report(o, step)
+	}
+	return err
+}
+
 // wait returns true when the owner has ended, or nobody cares any more; false after d.
 // Zero is for ever.
 func (r *Registry) wait(o *Owner, d time.Duration) bool {

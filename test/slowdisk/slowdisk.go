@@ -186,6 +186,28 @@ func (d *Disk) Tear() {
 	d.torn = true
 }
 
+// Forget makes the server forget all locks on a file, as one does that was restarted.
+func (d *Disk) Forget(name string) {
+	f, ok := d.root.GetChild(name).Operations().(*file)
+	if !ok {
+		panic("no file is called " + name)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	clear(f.locks)
+}
+
+// Locked tells whether the server has a lock on a file.
+func (d *Disk) Locked(name string) bool {
+	f, ok := d.root.GetChild(name).Operations().(*file)
+	if !ok {
+		panic("no file is called " + name)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.locks) > 0
+}
+
 // Has tells whether a file exists.
 func (d *Disk) Has(name string) bool { return d.root.GetChild(name) != nil }
 

@@ -11,6 +11,7 @@ _virtlockctl() {
         [check]="--quiet --output"
         [status]="--output"
         [release]="--lockspace --pid --yes --output"
+        [resume]="--output"
         [top]="--interval"
         [metrics]="--file"
         [exporter]="--listen"

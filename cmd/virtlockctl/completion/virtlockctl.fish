@@ -13,6 +13,7 @@ complete -c virtlockctl -n __fish_use_subcommand -a events -d 'show what has hap
 complete -c virtlockctl -n __fish_use_subcommand -a check -d 'see whether each lock is what it should be'
 complete -c virtlockctl -n __fish_use_subcommand -a status -d 'show how the daemon is'
 complete -c virtlockctl -n __fish_use_subcommand -a release -d 'take a lock from its owner'
+complete -c virtlockctl -n __fish_use_subcommand -a resume -d 'continue a guest that was stopped because a lock was lost'
 complete -c virtlockctl -n __fish_use_subcommand -a top -d 'show what happens, live'
 complete -c virtlockctl -n __fish_use_subcommand -a metrics -d 'print metrics for Prometheus'
 complete -c virtlockctl -n __fish_use_subcommand -a exporter -d 'serve metrics to Prometheus'
@@ -20,7 +21,7 @@ complete -c virtlockctl -n __fish_use_subcommand -a completion -d 'print a compl
 complete -c virtlockctl -n __fish_use_subcommand -a version -d 'show the version of the tool'
 complete -c virtlockctl -n __fish_use_subcommand -a help -d 'show the commands, or the options of one'
 
-complete -c virtlockctl -n '__fish_seen_subcommand_from list who events check status release' -s o -l output -x -a 'text json' -d 'how to print'
+complete -c virtlockctl -n '__fish_seen_subcommand_from list who events check status release resume' -s o -l output -x -a 'text json' -d 'how to print'
 complete -c virtlockctl -n '__fish_seen_subcommand_from list' -s l -l lockspace -r -F -d 'only in this lockspace'
 complete -c virtlockctl -n '__fish_seen_subcommand_from list' -s r -l resource -x -d 'only those that contain this'
 complete -c virtlockctl -n '__fish_seen_subcommand_from list' -s u -l owner -x -d 'only of this domain'
@@ -38,4 +39,4 @@ complete -c virtlockctl -n '__fish_seen_subcommand_from top' -s i -l interval -x
 complete -c virtlockctl -n '__fish_seen_subcommand_from metrics' -s f -l file -r -F -d 'write them to this file'
 complete -c virtlockctl -n '__fish_seen_subcommand_from exporter' -s l -l listen -x -d 'where to serve'
 complete -c virtlockctl -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'
-complete -c virtlockctl -n '__fish_seen_subcommand_from help' -a 'list who events check status release top metrics exporter completion version'
+complete -c virtlockctl -n '__fish_seen_subcommand_from help' -a 'list who events check status release resume top metrics exporter completion version'

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+// Package watch looks at all locks that are held, about once a minute, and acts when one is lost beneath its owner.
+//
+// It is as slow as it may be: nobody who locks something waits for it, and a disk that hangs keeps it from that disk only.
+package watch
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"virtlockd/internal/events"
+	"virtlockd/internal/lockspace"
+	"virtlockd/internal/owner"
+	"virtlockd/internal/verify"
+)
+
+// What is done to the owner of a lock that is lost.
+const (
+	Log   = "log"   // nothing
+	Pause = "pause" // it is stopped
+	Kill  = "kill"
+)
+
+const (
+	// passTime is about how long it takes to look at every lock once.
+	passTime = time.Minute
+	// part is how many locks are taken from the table in one go.
+	part = 16
+	// maxActing bounds the losses that are dealt with at a time: each may wait for a disk.
+	maxActing = 16
+)
+
+// Config of a Watcher. Every field is needed but Pass.
+type Config struct {
+	Table   *lockspace.Table
+	Checker *verify.Checker
+	Events  *events.Log
+	Logger  *slog.Logger
+	Action  func() string // Log, Pause or Kill, as it is configured now
+	Pass    time.Duration // 0: passTime
+}
+
+// A Watcher watches the locks of a table.
+type Watcher struct {
+	cfg    Config
+	acting chan struct{}
+
+	mu    sync.Mutex
+	locks map[name]*watched
+}
+
+type name struct{ lockspace, resource string }
+
+// watched is a lock as it was found lately. Its fields are owned by Watcher.mu.
+type watched struct {
+	since int64     // of its first hold: another one is another lock
+	good  time.Time // when it was last seen to be held
+	lost  events.Reason
+	busy  bool // its loss is being dealt with
+	seen  uint64
+}
+
+// New returns a watcher.
+func New(cfg Config) *Watcher {
+	cfg.Pass = cmp.Or(cfg.Pass, passTime)
+	return &Watcher{cfg: cfg, acting: make(chan struct{}, maxActing), locks: map[name]*watched{}}
+}
+
+// Run looks at all locks again and again until ctx is done.
+func (w *Watcher) Run(ctx context.Context) {
+	for pass := uint64(1); ; pass++ {
+		begin := time.Now()
+		pace := w.cfg.Pass / time.Duration(w.cfg.Table.Held()+1)
+		for from, more := 0, true; more; more = from != 0 {
+			var entries []lockspace.Entry
+			entries, from = w.cfg.Table.List(from, part)
+			for i := range entries {
+				if !rest(ctx, pace) {
+					return
+				}
+				w.look(&entries[i], pass)
+			}
+		}
+		w.forget(pass)
+		if !rest(ctx, max(pace, w.cfg.Pass-time.Since(begin))) {
+			return
+		}
+	}
+}
+
+func rest(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
+// forget forgets locks that are not held any more.
+func (w *Watcher) forget(pass uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for n, l := range w.locks {
+		if l.seen != pass && !l.busy {
+			delete(w.locks, n)
+		}
+	}
+}
+
+// losses are the findings that mean that a lock does not do its work, the gravest first.
+var losses = []struct {
+	kind   verify.Kind
+	reason events.Reason
+}{
+	{verify.Gone, events.Gone}, {verify.Unreadable, events.Unreadable}, {verify.Replaced, events.Replaced}, {verify.Deleted, events.Deleted},
+}
+
+// verdict is what a check has come to: why the lock is lost, "" if it is not, and whether that is known at all.
+func verdict(found []verify.Finding) (lost events.Reason, text string, known bool) {
+	for _, l := range losses {
+		for _, f := range found {
+			if f.Kind == l.kind {
+				return l.reason, f.Text, true
+			}
+		}
+	}
+	for _, f := range found {
+		switch f.Kind {
+		case verify.NoAnswer, verify.NotChecked, verify.Invisible:
+			return "", f.Text, false
+		}
+	}
+	return "", "", true
+}
+
+// look checks one lock.
+func (w *Watcher) look(e *lockspace.Entry, pass uint64) {
+	found := w.cfg.Checker.Check(e)
+	now := time.Now()
+	if _, current := w.cfg.Table.Current(e); !current {
+		return
+	}
+	lost, text, known := verdict(found)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := name{e.Lockspace, e.Resource}
+	l := w.locks[n]
+	if l == nil || l.since != e.Holds[0].Since && !l.busy {
+		l = &watched{since: e.Holds[0].Since, good: time.Unix(0, e.Holds[0].Since)}
+		if l.since == 0 { // not known
+			l.good = now
+		}
+		w.locks[n] = l
+	}
+	l.seen = pass
+	switch {
+	case l.busy || !known:
+	case lost == "":
+		if l.lost != "" {
+			w.cfg.Logger.Warn("a lock that was lost is as it should be again", "path", e.Path, "", e.Holds[0].Owner.Details())
+		}
+		l.lost, l.good = "", now
+	default:
+		select {
+		case w.acting <- struct{}{}:
+		default:
+			return // the next pass sees it again
+		}
+		l.busy = true
+		before := l.lost
+		l.lost = lost
+		go func() {
+			again := w.act(e, lost, text, now.Sub(l.good), lost != before)
+			<-w.acting
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			l.busy = false
+			if again {
+				l.lost, l.good = "", time.Now()
+			}
+		}()
+	}
+}
+
+// act deals with a lock that is lost: it takes it again if it can, else it does what is configured, once.
+func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free time.Duration, first bool) (again bool) {
+	free = free.Round(time.Second)
+	err := w.regain(e, lost)
+	holds, current := w.cfg.Table.Current(e)
+	if !current {
+		return false // released meanwhile
+	}
+	attrs := []any{"path", e.Path, "", holds[0].Owner.Details(), "found", text}
+	switch {
+	case err == nil:
+		w.cfg.Logger.Error("a lock was lost while its owner lives, and is taken again; until then anybody could have had it",
+			append(attrs, "free_for_at_most", free)...)
+		w.report(e, holds, lost, fmt.Sprintf("%s; taken again, it may have been free for up to %v", text, free))
+		return true
+	case !first:
+		return false
+	}
+	action := w.cfg.Action()
+	w.cfg.Logger.Error("a lock is lost while its owner lives: another guest can write to the same disk",
+		append(attrs, "good_until_ago", free, "not_taken_again", err, "lock_lost_action", action)...)
+	w.report(e, holds, lost, fmt.Sprintf("%s; it was good %v ago; not taken again: %v", text, free, err))
+	for _, o := range owners(holds) {
+		w.punish(o, action)
+	}
+	return false
+}
+
+// punish does what is configured to the owner of a lost lock.
+func (w *Watcher) punish(o *owner.Owner, action string) {
+	var err error
+	done := ""
+	switch action {
+	case Pause:
+		err, done = o.Stop(), "the owner of a lost lock is stopped; virtlockctl resume continues it when its locks are held"
+	case Kill:
+		err, done = o.Kill(), "the owner of a lost lock is killed"
+	default:
+		return
+	}
+	switch {
+	case errors.Is(err, owner.ErrDead):
+	case err != nil:
+		w.cfg.Logger.Error("the owner of a lost lock goes on", "", o.Details(), "error", err)
+	default:
+		w.cfg.Logger.Error(done, "", o.Details())
+	}
+}
+
+// regain takes a lost lock again. A path that leads elsewhere can't be helped by that.
+func (w *Watcher) regain(e *lockspace.Entry, lost events.Reason) error {
+	switch lost {
+	case events.Replaced, events.Deleted:
+		return errors.New("its path does not lead to the locked file any more")
+	}
+	if err := w.cfg.Table.Regain(e, lost == events.Unreadable); err != nil {
+		return err
+	}
+	if lost, text, known := verdict(w.cfg.Checker.Check(e)); lost != "" || !known {
+		return errors.New(text)
+	}
+	return nil
+}
+
+func (w *Watcher) report(e *lockspace.Entry, holds []lockspace.Holding, lost events.Reason, text string) {
+	o := holds[0].Owner
+	d := o.Details()
+	w.cfg.Events.Add(events.Event{
+		Kind: events.Lost, Reason: lost, Shared: e.Shared, Lockspace: e.Lockspace, Resource: e.Resource,
+		Owner: d.Name, UUID: d.UUID, PID: o.PID, Text: text,
+	})
+}
+
+func owners(holds []lockspace.Holding) (all []*owner.Owner) {
+	for _, h := range holds {
+		if !slices.Contains(all, h.Owner) {
+			all = append(all, h.Owner)
+		}
+	}
+	return all
+}
+
+// Errors of Resume.
+var (
+	ErrNobody  = errors.New("nobody of that name, UUID or process id holds a lock here")
+	ErrSeveral = errors.New("several owners have that name: say which one by its process id")
+)
+
+// Resume continues the owner that is meant, who was stopped because a lock was lost, if all of its locks are held: what is lost
+// still is taken again first.
+func (w *Watcher) Resume(meant func(*owner.Owner) bool) (*owner.Details, error) {
+	var who *owner.Owner
+	for from, more := 0, true; more; more = from != 0 {
+		var entries []lockspace.Entry
+		entries, from = w.cfg.Table.List(from, part)
+		for i := range entries {
+			e := &entries[i]
+			for _, o := range owners(e.Holds) {
+				if !meant(o) {
+					continue
+				}
+				if who != nil && who != o {
+					return nil, ErrSeveral
+				}
+				who = o
+				if err := w.ensure(e); err != nil {
+					return nil, fmt.Errorf("it stays as it is, since its lock on %q is not held: %w", e.Path, err)
+				}
+			}
+		}
+	}
+	if who == nil {
+		return nil, ErrNobody
+	}
+	return who.Details(), who.Continue()
+}
+
+// ensure returns nil if a lock is held.
+func (w *Watcher) ensure(e *lockspace.Entry) error {
+	lost, text, known := verdict(w.cfg.Checker.Check(e))
+	switch {
+	case !known:
+		return errors.New(text)
+	case lost != "":
+		if err := w.regain(e, lost); err != nil {
+			return fmt.Errorf("%s: %w", text, err)
+		}
+	}
+	return nil
+}
