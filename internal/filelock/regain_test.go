@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package filelock
+
+import (
+	"errors"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
+)
+
+func TestRegain(t *testing.T) {
+	t.Parallel()
+	both(t, func(t *testing.T, f *Files) {
+		path := makeFile(t, t.TempDir()+"/disk", "data")
+		other := newFiles(t, Config{})
+		regain := func(l *Lock, unreadable bool) *Lock {
+			t.Helper()
+			again, err := l.Regain(unreadable)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again != l {
+				mustRelease(t, l, "")
+			}
+			probe := again.Probe()
+			if found, err := probe.Check(true); err != nil || len(found) > 0 {
+				t.Errorf("found %v, %v", found, err)
+			}
+			if _, err := other.Lock(path, Shared, false, nil); !errors.Is(err, ErrLocked) {
+				t.Errorf("somebody else: %v", err)
+			}
+			return again
+		}
+		l := mustLock(t, f, path, Exclusive, false)
+		unlockBehind(t, l)
+		l = regain(l, false)
+		// The kernel believes in the lock, the server does not.
+		l = regain(l, true)
+
+		// Somebody else was faster.
+		unlockBehind(t, l)
+		stranger := mustLock(t, other, path, Exclusive, false)
+		if _, err := l.Regain(false); !errors.Is(err, ErrLocked) {
+			t.Errorf("while somebody else has it: %v", err)
+		}
+		mustRelease(t, stranger, "")
+		l = regain(l, false)
+
+		// Another file is not the lock's, and is not locked.
+		unlockBehind(t, l)
+		if err := os.Rename(path, path+".old"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.Regain(false); !errors.Is(err, unix.ENOENT) {
+			t.Errorf("without file: %v", err)
+		}
+		makeFile(t, path, "")
+		if _, err := l.Regain(false); !errors.Is(err, errReplaced) {
+			t.Errorf("of another file: %v", err)
+		}
+		mustRelease(t, mustLock(t, other, path, Exclusive, false), "")
+		mustRelease(t, l, "")
+	})
+}
+
+// A cell that holds are stored in is emptied when the lost lock is released.
+func TestRegainStored(t *testing.T) {
+	t.Parallel()
+	f := newFiles(t, Config{})
+	f.openat2 = false
+	path := makeFile(t, t.TempDir()+"/disk", "data")
+	v, err := vault.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cell, err := v.Take()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := mustLock(t, f, path, Exclusive, false)
+	hold := vault.Hold{Name: path}
+	if err := l.Store(cell, hold.Record(nil), -1); err != nil {
+		t.Fatal(err)
+	}
+	unlockBehind(t, l)
+	again, err := l.Regain(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Release("", cell); err != nil {
+		t.Error(err)
+	}
+	if _, err := cell.All(); !errors.Is(err, vault.ErrEmpty) {
+		t.Errorf("in the old cell: %v", err)
+	}
+	if _, err := newFiles(t, Config{}).Lock(path, Shared, false, nil); !errors.Is(err, ErrLocked) {
+		t.Errorf("somebody else: %v", err)
+	}
+	mustRelease(t, again, "")
+}
+
+// A POSIX lock is taken again through the descriptor that is there: another one could not be closed.
+func TestRegainPOSIX(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	refuseOFD(t)
+	f := newFiles(t, Config{})
+	path := makeFile(t, t.TempDir()+"/disk", "data")
+	l := mustLock(t, f, path, Exclusive, false)
+	if l.Kind() != POSIX {
+		t.Fatal("no POSIX lock")
+	}
+	before := len(openFiles(t))
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd) // the lock goes with it
+	probe := l.Probe()
+	if found, err := probe.Check(true); err != nil || len(found) != 1 || found[0].Fault != Gone {
+		t.Fatalf("found %v, %v", found, err)
+	}
+	if again, err := l.Regain(false); err != nil || again != l {
+		t.Fatal(err)
+	}
+	if found, err := probe.Check(true); err != nil || len(found) > 0 || len(openFiles(t)) != before {
+		t.Errorf("found %v, %v", found, err)
+	}
+	mustRelease(t, l, "")
+}
