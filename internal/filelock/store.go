@@ -76,10 +76,12 @@ func (l *Lock) Forget(cell, other *vault.Cell) bool {
 
 // LiesIn says that the file of a remote lock lies in this cell, that of a hold.
 func (l *Lock) LiesIn(cell *vault.Cell) {
-	if l.mount == "" || int(l.fd) == cell.FD() {
+	if l.mount == "" {
 		return
 	}
-	unix.Close(int(l.fd)) // another descriptor of that cell, or one that is not the last with the file in it
+	if int(l.fd) != cell.FD() {
+		unix.Close(int(l.fd)) // another descriptor of that cell, or one that is not the last with the file in it
+	}
 	l.fd, l.private = int32(cell.FD()), false
 }
 
