@@ -182,7 +182,7 @@ func (r *recovery) owner(o state.Owner) int32 {
 		at = add()
 	default:
 		is := &r.snapshot.Owners[at]
-		is.Kind = max(is.Kind, o.Kind)
+		is.Kind, is.Stopped = max(is.Kind, o.Kind), is.Stopped || o.Stopped
 		unix.Close(int(o.PIDFD))
 	}
 	return at
@@ -254,11 +254,12 @@ func (r *recovery) hold(f *vault.Found) error {
 	for _, fd := range fds { // the same open file description again
 		unix.Close(fd)
 	}
+	word := f.Cell.Word().Load()
+	h.Owner.Stopped = word == vault.Stopped
 	res.Owners = append(res.Owners, r.owner(h.Owner))
 	res.Cells = append(res.Cells, cell)
 	res.Since = append(res.Since, h.Since)
 
-	word := f.Cell.Word().Load()
 	p, known := r.progress[h.Client]
 	switch worker := vault.Worker(word); {
 	case worker != 0 && len(res.Cells) == 1:

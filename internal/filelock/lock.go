@@ -22,6 +22,7 @@ type Lock struct {
 	fd     int32   // the locked file; if it is remote, a cell that the file lies in
 	// private: that cell is the Lock's own, not one that Store has put the file into.
 	private bool
+	weak    bool          // see Weak
 	shares  *atomic.Int32 // how many Locks share this one open file description; nil: it has it alone
 	mode    Mode
 	kind    Kind

@@ -29,7 +29,7 @@ type request struct {
 	create bool
 	record []byte // of workLock: to be written to a lease file; nil: none
 	path   string // absolute; of workRelease: what to unlink, may be ""; of workShare: the record
-	// fds are: of workLock the cell to store the file in; of workRelease and workCheck the cell that it lies in, none if the
+	// fds are: of workLock the cell to store the file in; of workRelease, workAgain and workCheck the cell that it lies in, none if the
 	// worker itself holds the lock; of workShare that cell, another one, and perhaps a pidfd to go with the file.
 	fds []int
 	// busy, if not nil, is told who works on it: see vault.Busy. It is not part of the message.
@@ -45,16 +45,16 @@ const (
 	workCreate
 	workUnlink
 	workStat
-	workCheck  // look at what is in the cell, or, without one, at the file at path
-	workShare  // store what is in one cell in another one, with a record
-	workUnlock // unlock what is in the cell, and leave it there
+	workCheck // look at what is in the cell, or, without one, at the file at path
+	workShare // store what is in one cell in another one, with a record
+	workAgain // lock what is in the cell, or what the worker holds itself, once more
 )
 
 // reply is what came of it. The errno belongs to the step.
 type reply struct {
 	errno       syscall.Errno
 	step        step
-	posix       bool // workLock: a POSIX lock, which the worker holds itself
+	posix       bool // workLock, workAgain: a POSIX lock, which the worker holds itself
 	id          FileID
 	record      []byte        // workLock, refused: what was found in the file
 	recordErrno syscall.Errno // workLock: why no record could be written
@@ -101,7 +101,7 @@ func parseRequest(b []byte) (request, bool) {
 	if n > 0 {
 		r.record = rest[:n:n]
 	}
-	return r, r.op >= workLock && r.op <= workUnlock && r.mode <= Exclusive
+	return r, r.op >= workLock && r.op <= workAgain && r.mode <= Exclusive
 }
 
 func appendReply(b []byte, r reply) []byte {

@@ -4,69 +4,144 @@ package filelock
 
 import (
 	"errors"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// Regain tries to take a lock again that was found to be gone, on the file that it was on, if that is at its path still. It returns the
-// lock that is held then: l itself, or one that stands in for it. That one has no hold stored, and l is to be released, without
-// a path.
-//
-// A local file is locked by the descriptor that is there: no local file system forgets one, and a second one could not be closed
-// where locks are POSIX ones. A remote file is opened afresh, since a server may not know the old description any more. unreadable
-// says that it was found out by that: then the kernel may believe in the old lock still, and it is dropped first.
-//
-// Nobody may be releasing the lock meanwhile. It may block as long as the disk hangs.
-func (l *Lock) Regain(unreadable bool) (*Lock, error) {
-	o := l.files.begin("lock", l.path)
-	defer l.files.end(o)
-	fail := func(err error) (*Lock, error) { return nil, wrap(OpLock, l.path, err) }
-	if l.mount == "" {
-		if id, err := l.files.stat(o, l.path); err != nil {
-			return fail(err)
-		} else if id != l.id {
-			return fail(errReplaced)
-		}
-		cmd := unix.F_OFD_SETLK
-		if l.kind == POSIX {
-			cmd = unix.F_SETLK
-		}
-		if errno := o.setLock(int(l.fd), cmd, lockType(l.mode)); errno != 0 {
-			return nil, l.lockError(errno, nil)
-		}
-		return l, nil
-	}
-	if l.shares != nil {
-		return fail(errors.New("it is the lock of several resources"))
-	}
-	if unreadable && !l.id.Block && l.holder == nil {
-		if _, err := l.files.pool.call(o, l.mount, nil, request{op: workUnlock, fds: []int{int(l.fd)}}); err != nil {
-			return fail(err)
-		}
-	}
-	fresh, err := l.files.Lock(l.path, l.mode, false, nil)
-	if err != nil {
-		return nil, err
-	}
-	if fresh.id != l.id {
-		_ = fresh.Release("", nil) // it removes nothing
-		return fail(errReplaced)
-	}
-	return fresh, nil
-}
+// ErrUnreadable says that a file can't be read, though its lock is held: whoever decides about locks has just said so.
+var ErrUnreadable = errors.New("the lock is held, but the file can't be read")
 
 var errReplaced = errors.New("another file is at its path")
 
-// unlock is what Regain does first where a server has taken the lock away.
-func (w *work) unlock(r request) reply {
-	if len(r.fds) == 0 {
-		return other(unix.EINVAL)
+// Regain tries to take a lock again that was found to be gone, or on a file that was found to be unreadable, on the file that it was on,
+// if that is at its path still. It returns the lock that is held then: l itself, or one that stands in for it. That one has no
+// hold stored, and l is to be released, without a path; after that, Strengthen the new one, if it is Weak.
+//
+// Nothing that may be held still is given up before something in its place is held. A local file is locked by the descriptor
+// that is there: no local file system forgets one, and a second one could not be closed where locks are POSIX ones. A remote
+// file is opened afresh, since a server may not know the old description any more. If that is refused, it may be because of our own
+// old lock, so that one is asked for once more, in place. If it is granted, nobody else has had the file. It stays, unless the file can be
+// read by a fresh description and not by the old one, as on NFS after the server has forgotten us: the kernel goes on to
+// believe in that lock and refuses another one. Then both are shared for a moment, in which nobody gets in who wants to write.
+//
+// Errors: ErrUnreadable; of type *Error, with ErrLocked where somebody else has the lock. Nobody may be releasing the lock
+// meanwhile. It may block as long as the disk hangs.
+func (l *Lock) Regain(unreadable bool) (*Lock, error) {
+	o := l.files.begin("lock", l.path)
+	defer l.files.end(o)
+	switch {
+	case l.mount == "":
+		return l, l.regainDirect(o)
+	case l.shares != nil:
+		return nil, wrap(OpLock, l.path, errors.New("it is the lock of several resources"))
 	}
-	fd, err := lyingIn(r.fds[0])
+	fresh, err := l.fresh(l.mode)
+	if !errors.Is(err, ErrLocked) {
+		return fresh, err
+	}
+	if l.again(o, l.mode) != nil {
+		return nil, err // somebody else's, with the record that he has left
+	}
+	l.weak = false
+	if !unreadable || l.readable(o, l.cells()) {
+		return l, nil
+	}
+	if l.holder != nil || !l.readable(o, nil) {
+		return l, ErrUnreadable
+	}
+	if l.mode == Exclusive && l.again(o, Shared) != nil {
+		return l, ErrUnreadable
+	}
+	if fresh, err = l.fresh(Shared); err != nil {
+		l.weak = l.again(o, l.mode) != nil
+		return l, ErrUnreadable
+	}
+	fresh.mode, fresh.weak = l.mode, l.mode == Exclusive
+	return fresh, nil
+}
+
+// Weak tells that the kernel's lock is shared, though it should be exclusive: see Regain.
+func (l *Lock) Weak() bool { return l.weak }
+
+// Harden makes a weak lock exclusive. ErrLocked: somebody else shares it. It may block as long as the disk hangs.
+func (l *Lock) Harden() error {
+	o := l.files.begin("lock", l.path)
+	defer l.files.end(o)
+	err := l.again(o, l.mode)
+	if l.weak = err != nil; l.weak {
+		return wrap(OpLock, l.path, err)
+	}
+	return nil
+}
+
+func (l *Lock) regainDirect(o *op) error {
+	id, err := l.files.stat(o, l.path)
+	if err == nil && id != l.id {
+		err = errReplaced
+	}
 	if err != nil {
-		return other(cellErrno(err))
+		return wrap(OpLock, l.path, err)
 	}
-	defer unix.Close(fd)
-	w.setLock(fd, unix.F_OFD_SETLK, unix.F_UNLCK) // it fails where the server says what we know
-	return reply{}
+	cmd := unix.F_OFD_SETLK
+	if l.kind == POSIX {
+		cmd = unix.F_SETLK
+	}
+	if errno := o.setLock(int(l.fd), cmd, lockType(l.mode)); errno != 0 {
+		return l.lockError(errno, nil)
+	}
+	return nil
+}
+
+// fresh locks the file by a description of its own.
+func (l *Lock) fresh(mode Mode) (*Lock, error) {
+	fresh, err := l.files.Lock(l.path, mode, false, nil)
+	if err == nil && fresh.id != l.id {
+		_ = fresh.Release("", nil) // it removes nothing
+		return nil, wrap(OpLock, l.path, errReplaced)
+	}
+	return fresh, err
+}
+
+// cells is what a worker gets to find the file.
+func (l *Lock) cells() []int {
+	if l.holder != nil {
+		return nil
+	}
+	return []int{int(l.fd)}
+}
+
+// again asks for a remote lock once more, in place.
+func (l *Lock) again(o *op, mode Mode) error {
+	_, err := l.files.pool.call(o, l.mount, l.holder, request{op: workAgain, mode: mode, fds: l.cells()})
+	return err
+}
+
+// readable tells whether what lies in a cell can be read, or, without one, what is at the path.
+func (l *Lock) readable(o *op, cells []int) bool {
+	r := request{op: workCheck, fds: cells}
+	if len(cells) == 0 {
+		var errno syscall.Errno
+		if r.path, errno = l.files.absolute(l.path); errno != 0 {
+			return false
+		}
+	}
+	_, err := l.files.pool.call(o, l.mount, nil, r)
+	return err == nil
+}
+
+// again asks for the lock on what lies in the cell, or on what the worker itself has locked, once more.
+func (w *work) again(r request) reply {
+	fd, cmd := w.held, unix.F_SETLK
+	if len(r.fds) > 0 {
+		var err error
+		if fd, err = lyingIn(r.fds[0]); err != nil {
+			return other(unix.EBADF)
+		}
+		defer unix.Close(fd)
+		cmd = unix.F_OFD_SETLK
+	}
+	answer := other(w.setLock(fd, cmd, lockType(r.mode)))
+	answer.posix = w.held >= 0
+	return answer
 }

@@ -68,6 +68,9 @@ func (l *Lock) releaseRemote(o *op, unlink string, cell *vault.Cell) error {
 		unlink = abs
 	}
 	r := request{op: workRelease, mode: l.mode, path: unlink}
+	if l.weak {
+		r.mode = Shared
+	}
 	if l.holder == nil {
 		r.fds = []int{int(l.fd)}
 	}

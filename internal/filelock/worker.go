@@ -163,8 +163,8 @@ func (w *work) do(r request) reply {
 		return create(r.path)
 	case workShare:
 		return share(r)
-	case workUnlock:
-		return w.unlock(r)
+	case workAgain:
+		return w.again(r)
 	case workUnlink:
 		return other(retry(func() error { return unix.Unlink(r.path) }))
 	case workCheck:

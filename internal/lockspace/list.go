@@ -150,8 +150,8 @@ func (t *Table) Current(e *Entry) (holds []Holding, ok bool) {
 	return holds, true
 }
 
-// Regain tries to take the lock of an entry again, which was found to be gone: see filelock.Lock.Regain. Then the entry is about the
-// lock that is held now. It may block as long as the disk hangs, and requests for the resource with it.
+// Regain tries to take the lock of an entry again, which was found to be gone or unreadable: see filelock.Lock.Regain. Then the entry is
+// about the lock that is held now. It may block as long as the disk hangs, and requests for the resource with it.
 //
 // Errors: ErrNotLocked if it was given up meanwhile, or the Locker's.
 func (t *Table) Regain(e *Entry, unreadable bool) error {
@@ -166,45 +166,53 @@ func (t *Table) Regain(e *Entry, unreadable bool) error {
 	}
 	t.begin(r, acquiring)
 	t.mu.Unlock()
-	old := r.lock
-	fresh, err := old.Regain(unreadable)
+	lock, err := r.lock.Regain(unreadable)
+	if err == nil && lock != r.lock {
+		t.move(r, lock)
+		e.Lock = lock
+	}
+	if err == nil && lock.Weak() {
+		err = lock.Harden()
+	}
 	t.mu.Lock()
-	if err != nil || fresh == old {
-		r.phase = held
-		t.end(r)
-		t.mu.Unlock()
-		if err != nil {
-			return fail(err)
-		}
-		return nil
-	}
-	r.lock, e.Lock = fresh, fresh
-	// Each hold moves to a cell with the new lock. The old lock goes with the last of its cells.
-	var last *vault.Cell
-	for i := range r.holders {
-		h := &r.holders[i]
-		t.mu.Unlock()
-		cell := t.store(r, h.owner, vault.Origin{}, h.since)
-		t.mu.Lock()
-		if last != nil && h.cell != nil {
-			old.Forget(last, h.cell)
-			t.vault.Load().Return(last)
-		}
-		last = cmp.Or(h.cell, last)
-		t.stored += count(cell) - count(h.cell)
-		h.cell = cell
-	}
 	r.phase = held
 	t.end(r)
 	t.mu.Unlock()
-	err = old.Release("", last)
+	if err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+// move puts another lock on the same file in the place of r's, and each hold into a cell with it. The old lock goes with the last of
+// its cells. The caller has r to itself.
+func (t *Table) move(r *resource, lock *filelock.Lock) {
+	old := r.lock
+	t.mu.Lock()
+	r.lock = lock
+	t.mu.Unlock()
+	var last *vault.Cell
+	for i := range r.holders {
+		h := &r.holders[i]
+		cell := t.store(r, h.owner, vault.Origin{}, h.since)
+		if cell != nil && h.cell != nil {
+			h.cell.Word().Store(vault.Releasing) // in a crash, one of the two counts
+		}
+		if last != nil && h.cell != nil && old.Forget(last, h.cell) {
+			t.vault.Load().Return(last)
+		}
+		last = cmp.Or(h.cell, last)
+		t.mu.Lock()
+		t.stored += count(cell) - count(h.cell)
+		h.cell = cell
+		t.mu.Unlock()
+	}
+	if err := old.Release("", last); err != nil {
+		t.cfg.Logger.Warn("what is left of a lock that was lost could not be given up", "path", r.space.path(r.name), "error", err)
+	}
 	if last != nil {
 		t.vault.Load().Return(last)
 	}
-	if err != nil {
-		t.cfg.Logger.Warn("what is left of a lock that was lost could not be given up", "path", e.Path, "error", err)
-	}
-	return nil
 }
 
 func count(cell *vault.Cell) int {

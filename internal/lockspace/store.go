@@ -33,6 +33,9 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 	if err == nil {
 		var b [512]byte
 		if err = r.lock.Store(cell, h.Record(b[:0]), h.Owner.PIDFD); err == nil {
+			if h.Owner.Stopped {
+				cell.Word().Store(vault.Stopped)
+			}
 			return cell
 		}
 		v.Release(cell)
@@ -40,6 +43,23 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 	t.unstored.Add(1)
 	t.cfg.Logger.Error("a lock is held but not safe from a crash of this daemon", "path", r.space.path(r.name), "", o.Details(), "error", err)
 	return nil
+}
+
+// NoteStopped notes beside the holds of an owner whether he is stopped, so that this is known after a crash.
+func (t *Table) NoteStopped(o *owner.Owner) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	was, is := uint64(vault.Stopped), uint64(0)
+	if o.Stopped() {
+		was, is = is, was
+	}
+	for _, r := range t.byOwner[o] {
+		for _, h := range r.holders {
+			if h.owner == o && h.cell != nil {
+				h.cell.Word().CompareAndSwap(was, is) // what is being done to a hold counts more
+			}
+		}
+	}
 }
 
 // unstore takes a hold, which is no longer among r's, out of its cell. That of the last one goes with the lock.

@@ -68,7 +68,7 @@ func (o *Owner) state() state.Owner {
 			s.Kind = state.Verified
 		}
 		s.PIDFD = int32(o.proc.fd)
-		s.Ending = o.ending
+		s.Ending, s.Stopped = o.ending, o.stopped
 	}
 	return s
 }
@@ -91,6 +91,9 @@ func (r *Registry) Adopt(s *state.Owner) (*Owner, error) {
 		kind = Verified
 	}
 	o, err := r.enter(&d, p, kind)
+	if err == nil && s.Stopped {
+		o.setStopped(true)
+	}
 	switch {
 	case err != nil && s.PIDFD == state.NoFD:
 		p.close()

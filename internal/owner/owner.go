@@ -88,8 +88,10 @@ type Owner struct {
 	kind   Kind
 	refs   int // registrations, locks and calls that use it
 	ending bool
-	place  int32         // in the snapshot while the registry is frozen, else state.None
-	died   chan struct{} // closed when the process has ended; nil: unverified
+	// stopped: by Stop, and not continued since.
+	stopped bool
+	place   int32         // in the snapshot while the registry is frozen, else state.None
+	died    chan struct{} // closed when the process has ended; nil: unverified
 }
 
 // Details of the owner by its latest registration.
@@ -405,10 +407,43 @@ var ErrUnseen = errors.New("the owner's process cannot be seen from here")
 // Stop stops the owner's process (SIGSTOP), so that it does nothing more until Continue. It needs no reference.
 //
 // Errors: ErrUnseen, ErrDead, or what the kernel says.
-func (o *Owner) Stop() error { return o.send(unix.SIGSTOP, events.Stop) }
+func (o *Owner) Stop() error {
+	err := o.send(unix.SIGSTOP, events.Stop)
+	if err == nil {
+		o.setStopped(true)
+	}
+	return err
+}
+
+// ErrNotStopped says that it was not us who stopped an owner, if anybody did.
+var ErrNotStopped = errors.New("this daemon has not stopped it; whoever did can continue it")
 
 // Continue ends Stop.
-func (o *Owner) Continue() error { return o.send(unix.SIGCONT, events.Continue) }
+//
+// Errors: as for Stop, and ErrNotStopped.
+func (o *Owner) Continue() error {
+	if !o.Stopped() {
+		return ErrNotStopped
+	}
+	err := o.send(unix.SIGCONT, events.Continue)
+	if err == nil {
+		o.setStopped(false)
+	}
+	return err
+}
+
+// Stopped tells that Stop has stopped the owner's process, in this process or in one that has handed over to it.
+func (o *Owner) Stopped() bool {
+	o.reg.mu.Lock()
+	defer o.reg.mu.Unlock()
+	return o.stopped
+}
+
+func (o *Owner) setStopped(is bool) {
+	o.reg.mu.Lock()
+	defer o.reg.mu.Unlock()
+	o.stopped = is
+}
 
 // Kill ends the owner's process at once. Asked to end, it would go on writing for a while.
 func (o *Owner) Kill() error { return o.send(unix.SIGKILL, events.Kill) }

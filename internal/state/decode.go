@@ -1173,7 +1173,7 @@ func (d *decoder) ownFD() int32 {
 	return fd
 }
 
-var ownerKeys = []string{"pid", "kind", "name", "id", "uuid", "pidfd", "ending", "startTime", "nameBytes"}
+var ownerKeys = []string{"pid", "kind", "name", "id", "uuid", "pidfd", "ending", "stopped", "startTime", "nameBytes"}
 
 // owner reads an entry of the table. Even a wrong one takes its place, because others are counted.
 func (d *decoder) owner() {
@@ -1201,6 +1201,8 @@ func (d *decoder) owner() {
 			o.PIDFD = d.ownFD()
 		case "ending":
 			o.Ending = d.boolean(false)
+		case "stopped":
+			o.Stopped = d.boolean(false)
 		case "startTime":
 			o.StartTime = d.u64()
 		case "nameBytes":

@@ -325,6 +325,7 @@ func (e *encoder) extras(s *Snapshot) {
 			e.int("pidfd", int64(o.PIDFD))
 		}
 		e.yes("ending", o.Ending)
+		e.yes("stopped", o.Stopped)
 		if o.StartTime != 0 {
 			e.uint("startTime", o.StartTime)
 		}

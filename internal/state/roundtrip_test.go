@@ -86,6 +86,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 				Kind:      rapid.SampledFrom([]Kind{Unknown, Unverified, Watched, Verified}).Draw(t, "kind"),
 				PIDFD:     NoFD,
 				Ending:    rapid.Bool().Draw(t, "ending"),
+				Stopped:   rapid.Bool().Draw(t, "stopped"),
 				StartTime: rapid.Uint64().Draw(t, "start"),
 			}
 			if rapid.Bool().Draw(t, "pidfd") {

@@ -175,6 +175,7 @@ type Owner struct {
 	Kind      Kind
 	PIDFD     int32  // or NoFD
 	Ending    bool   // it has hung up while it held locks, and is being ended
+	Stopped   bool   // by the daemon, because a lock was lost
 	StartTime uint64 // of the process, in clock ticks after boot as in proc_pid_stat(5); 0: not known
 }
 

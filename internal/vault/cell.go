@@ -36,11 +36,14 @@ func (c *Cell) Index() uint32 {
 }
 
 // Word is a number beside the cell that outlives the process like what is in it. What it means is the business
-// of whoever uses the cell: of a hold's, see Releasing and Busy. nil: the cell belongs to no vault.
+// of whoever uses the cell: of a hold's, see Releasing, Stopped and Busy. nil: the cell belongs to no vault.
 func (c *Cell) Word() *atomic.Uint64 { return c.word }
 
 // Releasing is the word of a hold that is being released: whoever finds it after a crash goes on with that.
 const Releasing = 1
+
+// Stopped is the word of a hold whose owner the daemon has stopped, because a lock was lost.
+const Stopped = 3
 
 // busy marks the word of a hold that a worker process works on.
 const busy = 2

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"virtlockd/internal/events"
+	"virtlockd/internal/filelock"
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/verify"
@@ -62,10 +63,19 @@ type name struct{ lockspace, resource string }
 type watched struct {
 	since int64     // of its first hold: another one is another lock
 	good  time.Time // when it was last seen to be held
-	lost  events.Reason
-	busy  bool // its loss is being dealt with
+	told  grade     // what was told and done already
+	busy  bool      // its loss is being dealt with
 	seen  uint64
 }
+
+// grade says how bad it is. What was found of a lock is dealt with once, and again only if it has become worse.
+type grade uint8
+
+const (
+	fine    grade = iota
+	faulty        // the file can't be read, but the lock is held: told
+	invalid       // it protects nobody: told, and its owner is dealt with
+)
 
 // New returns a watcher.
 func New(cfg Config) *Watcher {
@@ -164,10 +174,10 @@ func (w *Watcher) look(e *lockspace.Entry, pass uint64) {
 	switch {
 	case l.busy || !known:
 	case lost == "":
-		if l.lost != "" {
+		if l.told != fine {
 			w.cfg.Logger.Warn("a lock that was lost is as it should be again", "path", e.Path, "", e.Holds[0].Owner.Details())
 		}
-		l.lost, l.good = "", now
+		l.told, l.good = fine, now
 	default:
 		select {
 		case w.acting <- struct{}{}:
@@ -175,28 +185,28 @@ func (w *Watcher) look(e *lockspace.Entry, pass uint64) {
 			return // the next pass sees it again
 		}
 		l.busy = true
-		before := l.lost
-		l.lost = lost
+		free, told := now.Sub(l.good), l.told
 		go func() {
-			again := w.act(e, lost, text, now.Sub(l.good), lost != before)
+			told = w.act(e, lost, text, free, told)
 			<-w.acting
 			w.mu.Lock()
 			defer w.mu.Unlock()
-			l.busy = false
-			if again {
-				l.lost, l.good = "", time.Now()
+			l.busy, l.told = false, told
+			if told == fine {
+				l.good = time.Now()
 			}
 		}()
 	}
 }
 
-// act deals with a lock that is lost: it takes it again if it can, else it does what is configured, once.
-func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free time.Duration, first bool) (again bool) {
+// act deals with a lock that is lost: it takes it again if it can, else it tells, and does what is configured. told is what was told
+// and done before, and it returns what is now.
+func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free time.Duration, told grade) grade {
 	free = free.Round(time.Second)
 	err := w.regain(e, lost)
 	holds, current := w.cfg.Table.Current(e)
 	if !current {
-		return false // released meanwhile
+		return told // released meanwhile
 	}
 	attrs := []any{"path", e.Path, "", holds[0].Owner.Details(), "found", text}
 	switch {
@@ -204,9 +214,15 @@ func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free 
 		w.cfg.Logger.Error("a lock was lost while its owner lives, and is taken again; until then anybody could have had it",
 			append(attrs, "free_for_at_most", free)...)
 		w.report(e, holds, lost, fmt.Sprintf("%s; taken again, it may have been free for up to %v", text, free))
-		return true
-	case !first:
-		return false
+		return fine
+	case errors.Is(err, filelock.ErrUnreadable):
+		if told < faulty {
+			w.cfg.Logger.Error("the file of a lock can't be read; the lock itself is held, so nothing is done to its owner", attrs...)
+			w.report(e, holds, lost, text+"; the lock is held")
+		}
+		return max(told, faulty)
+	case told == invalid:
+		return told
 	}
 	action := w.cfg.Action()
 	w.cfg.Logger.Error("a lock is lost while its owner lives: another guest can write to the same disk",
@@ -215,7 +231,7 @@ func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free 
 	for _, o := range owners(holds) {
 		w.punish(o, action)
 	}
-	return false
+	return invalid
 }
 
 // punish does what is configured to the owner of a lost lock.
@@ -224,7 +240,7 @@ func (w *Watcher) punish(o *owner.Owner, action string) {
 	done := ""
 	switch action {
 	case Pause:
-		err, done = o.Stop(), "the owner of a lost lock is stopped; virtlockctl resume continues it when its locks are held"
+		err, done = w.stop(o), "the owner of a lost lock is stopped; virtlockctl resume continues it when its locks are held"
 	case Kill:
 		err, done = o.Kill(), "the owner of a lost lock is killed"
 	default:
@@ -239,7 +255,15 @@ func (w *Watcher) punish(o *owner.Owner, action string) {
 	}
 }
 
-// regain takes a lost lock again. A path that leads elsewhere can't be helped by that.
+func (w *Watcher) stop(o *owner.Owner) error {
+	err := o.Stop()
+	if err == nil {
+		w.cfg.Table.NoteStopped(o)
+	}
+	return err
+}
+
+// regain takes a lost lock again. A path that leads elsewhere can't be helped by that. filelock.ErrUnreadable says that it is held.
 func (w *Watcher) regain(e *lockspace.Entry, lost events.Reason) error {
 	switch lost {
 	case events.Replaced, events.Deleted:
@@ -248,7 +272,10 @@ func (w *Watcher) regain(e *lockspace.Entry, lost events.Reason) error {
 	if err := w.cfg.Table.Regain(e, lost == events.Unreadable); err != nil {
 		return err
 	}
-	if lost, text, known := verdict(w.cfg.Checker.Check(e)); lost != "" || !known {
+	switch lost, text, known := verdict(w.cfg.Checker.Check(e)); {
+	case lost == events.Unreadable:
+		return filelock.ErrUnreadable
+	case lost != "" || !known:
 		return errors.New(text)
 	}
 	return nil
@@ -278,43 +305,75 @@ var (
 	ErrSeveral = errors.New("several owners have that name: say which one by its process id")
 )
 
-// Resume continues the owner that is meant, who was stopped because a lock was lost, if all of its locks are held: what is lost
-// still is taken again first.
+// Resume continues the owner that is meant, whom this daemon has stopped because a lock was lost, if all of its locks are held: what is
+// lost still is taken again first.
+//
+// Errors: ErrNobody, ErrSeveral, owner.ErrNotStopped, or why a lock is not held.
 func (w *Watcher) Resume(meant func(*owner.Owner) bool) (*owner.Details, error) {
 	var who *owner.Owner
+	err := w.each(func(e *lockspace.Entry) error {
+		for _, o := range owners(e.Holds) {
+			switch {
+			case o == who || !meant(o):
+			case who != nil:
+				return ErrSeveral
+			default:
+				who = o
+			}
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case who == nil:
+		return nil, ErrNobody
+	case !who.Stopped():
+		return nil, owner.ErrNotStopped
+	}
+	err = w.each(func(e *lockspace.Entry) error {
+		if !slices.Contains(owners(e.Holds), who) {
+			return nil
+		}
+		if err := w.ensure(e); err != nil {
+			return fmt.Errorf("it stays stopped, since its lock on %q is not held: %w", e.Path, err)
+		}
+		return nil
+	})
+	if err == nil {
+		err = who.Continue()
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.cfg.Table.NoteStopped(who)
+	return who.Details(), nil
+}
+
+// each calls do for everything that is held, until it returns an error.
+func (w *Watcher) each(do func(*lockspace.Entry) error) error {
 	for from, more := 0, true; more; more = from != 0 {
 		var entries []lockspace.Entry
 		entries, from = w.cfg.Table.List(from, part)
 		for i := range entries {
-			e := &entries[i]
-			for _, o := range owners(e.Holds) {
-				if !meant(o) {
-					continue
-				}
-				if who != nil && who != o {
-					return nil, ErrSeveral
-				}
-				who = o
-				if err := w.ensure(e); err != nil {
-					return nil, fmt.Errorf("it stays as it is, since its lock on %q is not held: %w", e.Path, err)
-				}
+			if err := do(&entries[i]); err != nil {
+				return err
 			}
 		}
 	}
-	if who == nil {
-		return nil, ErrNobody
-	}
-	return who.Details(), who.Continue()
+	return nil
 }
 
-// ensure returns nil if a lock is held.
+// ensure returns nil if a lock is held, though perhaps on a file that can't be read.
 func (w *Watcher) ensure(e *lockspace.Entry) error {
 	lost, text, known := verdict(w.cfg.Checker.Check(e))
 	switch {
 	case !known:
 		return errors.New(text)
+	case lost == "" && !e.Shared && !e.Exclusive: // after a take-over
+		return errors.New("somebody else shares it")
 	case lost != "":
-		if err := w.regain(e, lost); err != nil {
+		if err := w.regain(e, lost); err != nil && !errors.Is(err, filelock.ErrUnreadable) {
 			return fmt.Errorf("%s: %w", text, err)
 		}
 	}

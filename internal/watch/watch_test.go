@@ -154,6 +154,17 @@ func (f *fixture) steal(path string) (release func()) {
 	return func() { other.Close() }
 }
 
+// passes waits until the watcher has looked at everything so many times: each time it sees another lock that is lost.
+func (f *fixture) passes(n int) {
+	f.Helper()
+	_, path := f.guest(fmt.Sprint("witness", f.count(events.Acquired, "")), 0)
+	for range n {
+		before := f.count(events.Lost, events.Gone)
+		f.unlock(path)
+		f.eventually("a pass", func() bool { return f.count(events.Lost, events.Gone) > before })
+	}
+}
+
 func (f *fixture) eventually(what string, ok func() bool) {
 	f.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
@@ -208,7 +219,7 @@ func TestPauseAndResume(t *testing.T) {
 	p, path := f.guest("a", 0)
 	free := f.steal(path)
 	f.eventually("the owner is stopped", func() bool { return stopped(p) })
-	time.Sleep(100 * time.Millisecond) // some passes
+	f.passes(3)
 	if n := strings.Count(f.logged(), "a lock is lost while"); n != 1 {
 		t.Errorf("told %d times", n)
 	}
@@ -269,6 +280,55 @@ func TestLog(t *testing.T) {
 	f.eventually("one is good again", func() bool { return strings.Contains(f.logged(), "as it should be again") })
 	if stopped(p) || p.Process.Signal(unix.Signal(0)) != nil {
 		t.Error("something was done to the owner")
+	}
+}
+
+// A loss is dealt with once, though it may look different later.
+func TestOnceForEachLoss(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, Pause)
+	p, path := f.guest("a", 0)
+	for _, err := range []error{os.Rename(path, path+".old"), os.WriteFile(path, nil, 0o600)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.eventually("the owner is stopped", func() bool { return stopped(p) })
+	if err := p.Process.Signal(unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	f.passes(3)
+	if n := f.count(events.Killed, events.Stop); n != 1 || stopped(p) {
+		t.Errorf("stopped %d times", n)
+	}
+	if n := f.count(events.Lost, events.Replaced) + f.count(events.Lost, events.Deleted); n != 1 {
+		t.Errorf("told %d times", n)
+	}
+	// It was good in between: that is another loss.
+	if err := os.Rename(path+".old", path); err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("it is good again", func() bool { return strings.Contains(f.logged(), "as it should be again") })
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("the owner is stopped again", func() bool { return f.count(events.Killed, events.Stop) == 2 })
+}
+
+// Whoever was stopped by somebody else is not ours to continue.
+func TestResumeOnlyOurs(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, Pause)
+	p, _ := f.guest("a", 0)
+	if err := p.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("it is stopped", func() bool { return stopped(p) })
+	if _, err := f.Resume(func(*owner.Owner) bool { return true }); !errors.Is(err, owner.ErrNotStopped) || !stopped(p) {
+		t.Errorf("resumed: %v", err)
 	}
 }
 

@@ -8,6 +8,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/inspect"
 	"virtlockd/test/host"
@@ -21,108 +24,269 @@ func stopped(p *host.Process) bool {
 	return err == nil && strings.Contains(string(stat), ") T ")
 }
 
-// lose starts a daemon, has a guest acquire many locks and takes their files away. The daemon looks at one of them soon.
-func lose(t *testing.T, action string) (*host.Host, *host.Process) {
+// guarded is a daemon that looks at its locks soon: the more there are, the sooner it comes to the first one.
+type guarded struct {
+	*testing.T
+	h *host.Host
+	d *host.Daemon
+	p *host.Process
+	c *wire.Conn
+}
+
+func newGuarded(t *testing.T, action string, args ...string) *guarded {
 	t.Helper()
-	h, d := start(t, host.Options{Config: "lock_lost_action = \"" + action + "\"\n"})
+	h, d := start(t, host.Options{Args: args, Config: "lock_lost_action = \"" + action + "\"\n"})
 	p, c := guest(t, h, d, "alpha")
+	return &guarded{t, h, d, p, c}
+}
+
+// fill acquires many locks behind those that are held.
+func (g *guarded) fill() {
+	g.Helper()
+	others := g.d.Dial("lock")
+	must(g.T, others.Register(stranger("others", 0)))
+	space := host.Data + "/others"
+	must(g.T, others.CreateLockspace(space))
 	for i := range 600 {
-		disk := file(h, fmt.Sprint(i))
-		must(t, c.Acquire("", disk, 0))
-		must(t, os.Remove(h.Path(disk)))
-	}
-	upgrade(t, h, d) // it looks at everything anew
-	return h, p
-}
-
-func TestLockLostPause(t *testing.T) {
-	t.Parallel()
-	h, p := lose(t, "pause")
-	if !host.Eventually(func() bool { return stopped(p) }) {
-		t.Fatal("the guest goes on")
-	}
-	if r := want(t, h, failure, "resume", "alpha"); !strings.Contains(r.errs, "its lock on") || !stopped(p) {
-		t.Errorf("resumed without its locks: %v", r)
-	}
-	if r := want(t, h, ok, "events", "--kind", "lost"); !strings.Contains(r.out, "deleted") || !strings.Contains(r.out, "alpha") {
-		t.Errorf("events: %v", r)
-	}
-	if r := want(t, h, ok, "metrics"); !strings.Contains(r.out, `virtlockd_locks_lost_total{reason="deleted"}`) || !strings.Contains(r.out, `virtlockd_owners_killed_total{step="SIGSTOP"}`) {
-		t.Errorf("metrics: %v", r)
+		must(g.T, others.Acquire(space, fmt.Sprint(i), wire.Autocreate))
 	}
 }
 
-func TestLockLostKill(t *testing.T) {
-	t.Parallel()
-	h, p := lose(t, "kill")
-	p.Gone()
-	if !host.Eventually(func() bool {
-		var locks []inspect.Lock
-		read(t, h, ok, &locks, "list")
-		return len(locks) == 0
+// stranger is a domain with a UUID of its own.
+func stranger(name string, pid int) wire.Owner {
+	o := wire.VM(pid)
+	o.Name, o.UUID[0] = name, 0x22
+	return o
+}
+
+// look makes the daemon begin to look at its locks anew.
+func (g *guarded) look() {
+	g.Helper()
+	upgrade(g.T, g.h, g.d)
+}
+
+// lost tells whether a loss was reported: exactly one, of that kind, with this in its text.
+func (g *guarded) lost(reason, text string) bool {
+	g.Helper()
+	r := want(g.T, g.h, ok, "events", "--kind", "lost")
+	return strings.Contains(r.out, "("+reason+")") && strings.Contains(r.out, "alpha") && strings.Contains(r.out, text)
+}
+
+// counted insists on metrics.
+func (g *guarded) counted(lines ...string) {
+	g.Helper()
+	out := want(g.T, g.h, ok, "metrics").out
+	for _, line := range lines {
+		if !strings.Contains(out, line+"\n") {
+			g.Errorf("the metrics have no %s:\n%s", line, out)
+		}
+	}
+}
+
+// steal takes a local file from the daemon, as nobody should.
+func (g *guarded) steal(path string) {
+	g.Helper()
+	f, err := os.OpenFile(g.h.Path(path), os.O_RDWR, 0)
+	must(g.T, err)
+	g.Cleanup(func() { f.Close() })
+	if !host.Eventually(func() bool { // the daemon may be faster
+		unlockBehind(g.T, g.h, g.d, path)
+		return unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1}) == nil
 	}) {
-		t.Error("its locks are left")
+		g.Fatal("the lock can't be stolen")
 	}
 }
 
-func TestLockLostLog(t *testing.T) {
+// Whatever makes a lock lost is told, counted, and dealt with as it is configured.
+func TestLostLock(t *testing.T) {
 	t.Parallel()
-	h, p := lose(t, "log")
-	if !host.Eventually(func() bool { return strings.Contains(want(t, h, ok, "events", "--kind", "lost").out, "alpha") }) {
-		t.Error("nobody is told")
+	const slow = "/tmp/slow"
+	losses := []struct {
+		reason, path, text string
+		lose               func(g *guarded, disk *slowdisk.Disk)
+	}{
+		{"replaced", host.Data + "/disk", "leads to another file now", func(g *guarded, _ *slowdisk.Disk) {
+			must(g.T, os.Rename(g.h.Path(host.Data+"/disk"), g.h.Path(host.Data+"/disk.old")))
+			file(g.h, "disk")
+		}},
+		{"deleted", host.Data + "/disk", "leads nowhere now", func(g *guarded, _ *slowdisk.Disk) {
+			must(g.T, os.Remove(g.h.Path(host.Data+"/disk")))
+		}},
+		{"lock-gone", host.Data + "/disk", "the kernel does not have the lock any more", func(g *guarded, _ *slowdisk.Disk) {
+			g.steal(host.Data + "/disk")
+		}},
+		{"read-error", slow + "/a", "can't be read", func(_ *guarded, disk *slowdisk.Disk) {
+			disk.Tear()
+			disk.Steal("a")
+		}},
 	}
-	if stopped(p) || p.Dead() {
-		t.Error("something was done to the guest")
+	for _, action := range []string{"log", "pause", "kill"} {
+		for _, l := range losses {
+			t.Run(action+"/"+l.reason, func(t *testing.T) {
+				t.Parallel()
+				g := newGuarded(t, action)
+				disk := slowdisk.Mount(t, g.h, slow, slowdisk.Options{Locks: true})
+				disk.Fill("a")
+				file(g.h, "disk")
+				must(t, g.c.Acquire("", l.path, 0))
+				g.fill()
+				l.lose(g, disk)
+				g.look()
+				if !host.Eventually(func() bool { return g.lost(l.reason, l.text) }) {
+					t.Fatalf("nobody is told: %s", host.Shorten(g.d.Stderr()))
+				}
+				g.counted(fmt.Sprintf(`virtlockd_locks_lost_total{reason="%s"} 1`, l.reason))
+				if log := g.d.Stderr(); !strings.Contains(log, "a lock is lost while its owner lives") || !strings.Contains(log, `lock_lost_action=`+action) {
+					t.Errorf("the log says %s", host.Shorten(log))
+				}
+				switch action {
+				case "log":
+					g.counted(`virtlockd_owners_killed_total{step="SIGSTOP"} 0`, `virtlockd_owners_killed_total{step="SIGKILL"} 0`)
+					if stopped(g.p) || g.p.Dead() {
+						t.Error("something was done to the guest")
+					}
+				case "pause":
+					if !host.Eventually(func() bool { return stopped(g.p) }) {
+						t.Fatal("the guest goes on")
+					}
+					g.counted(`virtlockd_owners_killed_total{step="SIGSTOP"} 1`)
+					if r := want(t, g.h, failure, "resume", "alpha"); !strings.Contains(r.errs, "its lock on") || !stopped(g.p) {
+						t.Errorf("resumed without its lock: %v", r)
+					}
+				case "kill":
+					g.p.Gone()
+					g.counted(`virtlockd_owners_killed_total{step="SIGKILL"} 1`)
+					if !host.Eventually(func() bool {
+						var locks []inspect.Lock
+						read(t, g.h, ok, &locks, "list", "-r", l.path)
+						return len(locks) == 0
+					}) {
+						t.Error("its lock is left")
+					}
+				}
+			})
+		}
 	}
 }
 
-func TestResume(t *testing.T) {
+// A disk that can't be read, while its lock is held, is no reason to do something to its owner.
+func TestReadErrorOfHeldLock(t *testing.T) {
 	t.Parallel()
-	h, d := start(t, host.Options{})
-	p, c := guest(t, h, d, "alpha")
-	must(t, c.Acquire("", file(h, "disk"), 0))
-	for _, who := range []string{"alpha", fmt.Sprint(p.PID()), "11111111-1111-1111-1111-111111111111"} {
-		p.Signal(syscall.SIGSTOP)
-		if !host.Eventually(func() bool { return stopped(p) }) {
-			t.Fatal("it does not stop")
-		}
-		if r := want(t, h, ok, "resume", who); !strings.Contains(r.out, "alpha") {
-			t.Errorf("resume %s: %v", who, r)
-		}
-		if !host.Eventually(func() bool { return !stopped(p) }) {
-			t.Errorf("resume %s does nothing", who)
-		}
+	for _, server := range []bool{true, false} {
+		t.Run(fmt.Sprintf("server=%t", server), func(t *testing.T) {
+			t.Parallel()
+			g := newGuarded(t, "kill")
+			disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: server})
+			disk.Fill("a")
+			must(t, g.c.Acquire("", "/tmp/slow/a", 0))
+			g.fill()
+			disk.Tear()
+			free := g.watchLock("/tmp/slow/a")
+			g.look()
+			if !host.Eventually(func() bool { return g.lost("read-error", "the lock is held") }) {
+				t.Fatalf("nobody is told: %s", host.Shorten(g.d.Stderr()))
+			}
+			if n := free(); n > 0 {
+				t.Errorf("the lock was free %d times", n)
+			}
+			g.counted(`virtlockd_locks_lost_total{reason="read-error"} 1`, `virtlockd_owners_killed_total{step="SIGKILL"} 0`)
+			if g.p.Dead() {
+				t.Error("the guest was killed")
+			}
+		})
 	}
-	want(t, h, failure, "resume", "beta")
-	_, other := guest(t, h, d, "alpha")
-	must(t, other.Acquire("", file(h, "other"), 0))
-	if r := want(t, h, failure, "resume", "alpha"); !strings.Contains(r.errs, "process id") {
-		t.Errorf("two of that name: %v", r)
+}
+
+// watchLock tries to get a lock all the time, until the returned function is called, which says how often that worked.
+func (g *guarded) watchLock(path string) (free func() int) {
+	stop, result := make(chan struct{}), make(chan int)
+	go func() {
+		n := 0
+		for {
+			select {
+			case <-stop:
+				result <- n
+				return
+			default:
+				if g.h.Free(path, true) {
+					n++
+				}
+			}
+		}
+	}()
+	return func() int {
+		close(stop)
+		return <-result
+	}
+}
+
+// On NFS, when the server has forgotten us, the kernel goes on to believe in the lock, while what it was taken through can't be read any
+// more. It is taken again, and nobody gets in between.
+func TestRegainExpired(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []uint32{0, wire.Shared} {
+		t.Run(fmt.Sprintf("flags=%d", mode), func(t *testing.T) {
+			t.Parallel()
+			g := newGuarded(t, "kill", "--keeper")
+			disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{})
+			disk.Fill("a")
+			must(t, g.c.Acquire("", "/tmp/slow/a", mode))
+			g.fill()
+			disk.Expire("a")
+			free := g.watchLock("/tmp/slow/a")
+			g.look()
+			if !host.Eventually(func() bool { return g.lost("read-error", "taken again, it may have been free for up to") }) {
+				t.Fatalf("not taken again: %s", host.Shorten(g.d.Stderr()))
+			}
+			var locks []inspect.Lock
+			read(t, g.h, ok, &locks, "list", "-r", "/tmp/slow/a")
+			if len(locks) != 1 || !locks[0].CrashSafe || len(locks[0].Owners) != 1 {
+				t.Errorf("held are %+v", locks)
+			}
+			if !g.h.Free("/tmp/slow/a", false) == (mode == wire.Shared) {
+				t.Error("its mode has changed")
+			}
+			crash(t, g.h, g.d)
+			wantChecks(t, g.h, 601, "")
+			if n := free(); n > 0 {
+				t.Errorf("the lock was free %d times", n)
+			}
+			must(t, g.c.Release("", "/tmp/slow/a"))
+			if !g.h.Free("/tmp/slow/a", true) {
+				t.Error("it stays locked")
+			}
+			g.d.Stop() // killed, its keeper would start it again
+		})
 	}
 }
 
 // A server that has forgotten a lock gives it again, and it outlives the daemon as before.
 func TestRegainRemote(t *testing.T) {
 	t.Parallel()
-	h, d := start(t, host.Options{Args: []string{"--keeper"}})
-	disk := slowdisk.Mount(t, h, "/tmp/slow", slowdisk.Options{Locks: true})
+	g := newGuarded(t, "kill", "--keeper")
+	disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
 	disk.Fill("a")
-	_, c := guest(t, h, d, "alpha")
-	_, other := guest(t, h, d, "beta")
-	must(t, c.Acquire("", "/tmp/slow/a", wire.Shared))
+	_, other := guest(t, g.h, g.d, "beta")
+	must(t, g.c.Acquire("", "/tmp/slow/a", wire.Shared))
 	must(t, other.Acquire("", "/tmp/slow/a", wire.Shared))
+	g.fill()
 	disk.Forget("a")
-	wantChecks(t, h, 1, "/tmp/slow/a: lock-gone")
-	want(t, h, ok, "resume", "alpha")
-	wantChecks(t, h, 1, "")
+	wantChecks(t, g.h, 601, "/tmp/slow/a: lock-gone")
+	g.look()
+	if !host.Eventually(func() bool { return g.lost("lock-gone", "taken again") }) {
+		t.Fatalf("not taken again: %s", host.Shorten(g.d.Stderr()))
+	}
+	wantChecks(t, g.h, 601, "")
 	var locks []inspect.Lock
-	read(t, h, ok, &locks, "list")
+	read(t, g.h, ok, &locks, "list", "-r", "/tmp/slow/a")
 	if len(locks) != 1 || len(locks[0].Owners) != 2 || !locks[0].CrashSafe {
 		t.Errorf("held are %+v", locks)
 	}
-	upgrade(t, h, d)
-	wantChecks(t, h, 1, "")
-	must(t, c.Release("", "/tmp/slow/a"))
+	g.look()
+	wantChecks(t, g.h, 601, "")
+	crash(t, g.h, g.d)
+	wantChecks(t, g.h, 601, "")
+	must(t, g.c.Release("", "/tmp/slow/a"))
 	if !disk.Locked("a") {
 		t.Error("the first release gives it up")
 	}
@@ -130,5 +294,92 @@ func TestRegainRemote(t *testing.T) {
 	if disk.Locked("a") {
 		t.Error("it stays locked")
 	}
-	d.Stop() // killed, its keeper would start it again
+	g.d.Stop()
+}
+
+// Only whom the daemon has stopped is continued, also by the binary that comes after a live upgrade or a crash.
+func TestResume(t *testing.T) {
+	t.Parallel()
+	for i, again := range []func(*testing.T, *host.Host, *host.Daemon){func(*testing.T, *host.Host, *host.Daemon) {}, upgrade, crash} {
+		t.Run([]string{"same", "upgraded", "recovered"}[i], func(t *testing.T) {
+			t.Parallel()
+			g := newGuarded(t, "pause", "--keeper")
+			disk := file(g.h, "disk")
+			must(t, g.c.Acquire("", disk, 0))
+			g.fill()
+			p := g.h.Spawn(host.ProcessOptions{})
+			c := p.Dial(g.d, "lock")
+			must(t, c.Register(stranger("beta", p.PID())))
+			must(t, c.Acquire("", file(g.h, "another"), 0))
+			p.Signal(syscall.SIGSTOP)
+			must(t, os.Rename(g.h.Path(disk), g.h.Path(disk+".old")))
+			g.look()
+			if !host.Eventually(func() bool { return stopped(g.p) && stopped(p) }) {
+				t.Fatalf("it is not stopped: %s", host.Shorten(g.d.Stderr()))
+			}
+			again(t, g.h, g.d)
+			if r := want(t, g.h, failure, "resume", "alpha"); !strings.Contains(r.errs, "its lock on") || !stopped(g.p) {
+				t.Errorf("resumed without lock: %v", r)
+			}
+			must(t, os.Rename(g.h.Path(disk+".old"), g.h.Path(disk)))
+			if r := want(t, g.h, failure, "resume", "beta"); !strings.Contains(r.errs, "has not stopped it") || !stopped(p) {
+				t.Errorf("resumed whom somebody else has stopped: %v", r)
+			}
+			want(t, g.h, failure, "resume", "gamma")
+			who := []string{"alpha", fmt.Sprint(g.p.PID()), "11111111-1111-1111-1111-111111111111"}[i]
+			if r := want(t, g.h, ok, "resume", who); !strings.Contains(r.out, "alpha") {
+				t.Errorf("resume %s: %v", who, r)
+			}
+			if !host.Eventually(func() bool { return !stopped(g.p) }) {
+				t.Errorf("resume %s does nothing", who)
+			}
+			// Once more it is not ours.
+			g.p.Signal(syscall.SIGSTOP)
+			want(t, g.h, failure, "resume", who)
+			again(t, g.h, g.d)
+			want(t, g.h, failure, "resume", who)
+			g.d.Stop()
+		})
+	}
+}
+
+// Two of one name have to be told apart.
+func TestResumeNeedsOneOwner(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	for _, name := range []string{"a", "b"} {
+		_, c := guest(t, h, d, "alpha")
+		must(t, c.Acquire("", file(h, name), 0))
+	}
+	if r := want(t, h, failure, "resume", "alpha"); !strings.Contains(r.errs, "process id") {
+		t.Errorf("two of that name: %v", r)
+	}
+}
+
+// The daemon itself never opens a local file to look at it, or to take its lock again: closing it would drop a POSIX lock, if it has
+// one. That it has, on a file system without better ones, is the business of package filelock's tests.
+func TestLookOpensNothing(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t, "log")
+	disk := file(g.h, "disk")
+	must(t, g.c.Acquire("", disk, 0))
+	g.fill()
+	opens, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	must(t, err)
+	defer unix.Close(opens)
+	_, err = unix.InotifyAddWatch(opens, g.h.Path(disk), unix.IN_OPEN)
+	must(t, err)
+	wantChecks(t, g.h, 601, "")
+	if !host.Eventually(func() bool { // in the instant in which the daemon has not yet looked
+		g.look()
+		unlockBehind(t, g.h, g.d, disk)
+		return host.Within(2*time.Second, func() bool { return g.lost("lock-gone", "taken again") })
+	}) {
+		t.Fatalf("not taken again: %s", host.Shorten(g.d.Stderr()))
+	}
+	wantChecks(t, g.h, 601, "")
+	var b [4096]byte
+	if n, err := unix.Read(opens, b[:]); err != unix.EAGAIN {
+		t.Errorf("the file was opened: %d bytes of events, %v", n, err)
+	}
 }

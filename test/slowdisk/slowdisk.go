@@ -57,7 +57,8 @@ type Disk struct {
 
 	mu   sync.Mutex
 	hung map[Op]*hang
-	torn bool // see Tear
+	torn bool          // see Tear
+	full syscall.Errno // what a write fails with; 0: nothing
 }
 
 // hang makes operations wait.
@@ -186,12 +187,33 @@ func (d *Disk) Tear() {
 	d.torn = true
 }
 
+// Expire makes reads fail through what is open now, as one does that has lost its lock on a server. What is opened from now on can be read.
+func (d *Disk) Expire(name string) {
+	f := d.file(name)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.expired = f.opened
+}
+
+// Steal gives the server's lock on a file to somebody on another host.
+func (d *Disk) Steal(name string) {
+	f := d.file(name)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	clear(f.locks)
+	f.locks[0] = syscall.F_WRLCK
+}
+
+// FailWrites makes every write fail in that way from now on; 0: none.
+func (d *Disk) FailWrites(errno syscall.Errno) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.full = errno
+}
+
 // Forget makes the server forget all locks on a file, as one does that was restarted.
 func (d *Disk) Forget(name string) {
-	f, ok := d.root.GetChild(name).Operations().(*file)
-	if !ok {
-		panic("no file is called " + name)
-	}
+	f := d.file(name)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	clear(f.locks)
@@ -199,13 +221,18 @@ func (d *Disk) Forget(name string) {
 
 // Locked tells whether the server has a lock on a file.
 func (d *Disk) Locked(name string) bool {
+	f := d.file(name)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.locks) > 0
+}
+
+func (d *Disk) file(name string) *file {
 	f, ok := d.root.GetChild(name).Operations().(*file)
 	if !ok {
 		panic("no file is called " + name)
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return len(f.locks) > 0
+	return f
 }
 
 // Has tells whether a file exists.
@@ -239,8 +266,9 @@ func (r *directory) Create(_ context.Context, name string, _, _ uint32, out *fus
 	r.disk.pass(Create)
 	r.disk.Add(name)
 	child := r.GetChild(name)
-	child.Operations().(*file).fill(&out.Attr)
-	return child, nil, 0, 0
+	f := child.Operations().(*file)
+	f.fill(&out.Attr)
+	return child, f.handle(), 0, 0
 }
 
 // Unlink implements fs.NodeUnlinker. The inode itself goes when nobody uses it.
@@ -255,8 +283,20 @@ type file struct {
 	disk *Disk
 	size uint64
 
-	mu    sync.Mutex
-	locks map[uint64]uint32 // type (F_RDLCK, F_WRLCK) by owner
+	mu      sync.Mutex
+	locks   map[uint64]uint32 // type (F_RDLCK, F_WRLCK) by owner
+	opened  handle            // the last one
+	expired handle            // this one and those before it are
+}
+
+// handle is an open file, numbered from 1.
+type handle uint64
+
+func (f *file) handle() handle {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.opened++
+	return f.opened
 }
 
 var (
@@ -276,7 +316,7 @@ func (f *file) fill(a *fuse.Attr) {
 // Open implements fs.NodeOpener.
 func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	f.disk.pass(Open)
-	return nil, 0, 0
+	return f.handle(), 0, 0
 }
 
 // Getattr implements fs.NodeGetattrer.
@@ -326,11 +366,14 @@ func (f *file) Setlk(_ context.Context, _ fs.FileHandle, owner uint64, lk *fuse.
 }
 
 // Read implements fs.NodeReader.
-func (f *file) Read(_ context.Context, _ fs.FileHandle, dest []byte, _ int64) (fuse.ReadResult, syscall.Errno) {
+func (f *file) Read(_ context.Context, by fs.FileHandle, dest []byte, _ int64) (fuse.ReadResult, syscall.Errno) {
 	f.disk.pass(Read)
+	f.mu.Lock()
+	expired := by.(handle) <= f.expired
+	f.mu.Unlock()
 	f.disk.mu.Lock()
 	defer f.disk.mu.Unlock()
-	if f.disk.torn {
+	if f.disk.torn || expired {
 		return nil, syscall.EIO
 	}
 	clear(dest)
@@ -339,5 +382,10 @@ func (f *file) Read(_ context.Context, _ fs.FileHandle, dest []byte, _ int64) (f
 
 func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, _ int64) (uint32, syscall.Errno) {
 	f.disk.pass(Write)
+	f.disk.mu.Lock()
+	defer f.disk.mu.Unlock()
+	if f.disk.full != 0 {
+		return 0, f.disk.full
+	}
 	return uint32(len(data)), 0
 }
