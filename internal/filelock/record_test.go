@@ -157,8 +157,8 @@ func TestRecordOnFullDisk(t *testing.T) {
 	}
 }
 
-// The daemon dies: the record stays, and is right; it goes with the release by the next one.
-func TestRecordOutlivesProcess(t *testing.T) {
+// A lock that is handed over takes its record along: whoever has it then removes that with the release.
+func TestRecordIsHandedOver(t *testing.T) {
 	t.Parallel()
 	f := newFiles(t, Config{})
 	path := t.TempDir() + "/lease"

@@ -34,7 +34,7 @@ func wantText(t *testing.T, text string, parts ...string) {
 	}
 }
 
-func lease(disk string) string {
+func leaseOf(disk string) string {
 	sum := sha256.Sum256([]byte(disk))
 	return hex.EncodeToString(sum[:])
 }
@@ -64,11 +64,11 @@ func TestHolderInError(t *testing.T) {
 	// A hash says nothing to anybody: the holder has the disk open.
 	space := host.Data + "/leases"
 	must(t, alpha.CreateLockspace(space))
-	must(t, alpha.Acquire(space, lease(disk), wire.Autocreate))
+	must(t, alpha.Acquire(space, leaseOf(disk), wire.Autocreate))
 	p.Lock(disk, "W", 100, 1) // as QEMU does
-	wantText(t, refusal(t, beta.Acquire(space, lease(disk), wire.Autocreate)), who, fmt.Sprintf("; the disk is %q", disk))
-	must(t, alpha.Acquire(space, lease("/none"), wire.Autocreate))
-	if text := refusal(t, beta.Acquire(space, lease("/none"), wire.Autocreate)); strings.Contains(text, "the disk is") {
+	wantText(t, refusal(t, beta.Acquire(space, leaseOf(disk), wire.Autocreate)), who, fmt.Sprintf("; the disk is %q", disk))
+	must(t, alpha.Acquire(space, leaseOf("/none"), wire.Autocreate))
+	if text := refusal(t, beta.Acquire(space, leaseOf("/none"), wire.Autocreate)); strings.Contains(text, "the disk is") {
 		t.Errorf("said %q", text)
 	}
 }

@@ -255,7 +255,7 @@ func TestRegainExpired(t *testing.T) {
 			if !g.h.Free("/tmp/slow/a", true) {
 				t.Error("it stays locked")
 			}
-			g.d.Stop() // killed, its keeper would start it again
+			end(g.T, g.h, g.d)
 		})
 	}
 }
@@ -294,7 +294,7 @@ func TestRegainRemote(t *testing.T) {
 	if disk.Locked("a") {
 		t.Error("it stays locked")
 	}
-	g.d.Stop()
+	end(g.T, g.h, g.d)
 }
 
 // Only whom the daemon has stopped is continued, also by the binary that comes after a live upgrade or a crash.
@@ -338,7 +338,7 @@ func TestResume(t *testing.T) {
 			want(t, g.h, failure, "resume", who)
 			again(t, g.h, g.d)
 			want(t, g.h, failure, "resume", who)
-			g.d.Stop()
+			end(g.T, g.h, g.d)
 		})
 	}
 }

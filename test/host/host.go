@@ -332,3 +332,20 @@ func Number(t testing.TB, name string, usual int) int {
 	}
 	return n
 }
+
+// Share shows a directory of this host on another one, at the same path, as a shared file system would.
+func (h *Host) Share(dir string, with *Host) {
+	h.t.Helper()
+	tree := -1
+	h.Must(func() (err error) {
+		tree, err = unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		return os.NewSyscallError("open_tree", err)
+	})
+	defer unix.Close(tree)
+	with.Must(func() error {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		return os.NewSyscallError("move_mount", unix.MoveMount(tree, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH))
+	})
+}
