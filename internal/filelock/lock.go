@@ -23,6 +23,7 @@ type Lock struct {
 	// private: that cell is the Lock's own, not one that Store has put the file into.
 	private bool
 	weak    bool          // see Weak
+	record  uint64        // the sum of the record that was written; 0: none, or it is not known
 	shares  *atomic.Int32 // how many Locks share this one open file description; nil: it has it alone
 	mode    Mode
 	kind    Kind
@@ -110,6 +111,9 @@ func (l *Lock) lockDirect(o *op, path string, create bool, record []byte) (out o
 				continue
 			}
 			l.files.complainAbout(l.path, writeRecord(fd, now, record))
+			if record != nil {
+				l.record = sum(record)
+			}
 		}
 		return done, "", nil
 	}
@@ -253,17 +257,21 @@ func (l *Lock) Release(unlink string, cell *vault.Cell) error {
 	return l.giveUp(o, func() error { return l.unlinkDirect(o, unlink) }, cell)
 }
 
-// unlinkDirect removes the lease file at path. The lock is exclusive.
+// unlinkDirect removes the lease file at path, or at least its record. The lock is exclusive.
 func (l *Lock) unlinkDirect(o *op, path string) error {
+	gone := false
+	defer func() {
+		if gone {
+			return
+		}
+		// Even if it is somewhere else by now.
+		if info, errno := o.fstat(int(l.fd)); errno == 0 {
+			emptyRecord(int(l.fd), info, l.record)
+		}
+	}()
 	abs, errno := l.files.absolute(path)
 	if errno != 0 {
 		return &Error{OpUnlink, path, errno}
-	}
-	// Even if it is somewhere else by now.
-	info, errno := o.fstat(int(l.fd))
-	ours := false
-	if errno == 0 {
-		ours, _ = emptyRecord(int(l.fd), info) // if that fails, it goes with the file
 	}
 	// A link in the last place isn't our file, so it isn't followed.
 	_, ok, err := l.files.direct(o, abs, false, func(path string) outcome {
@@ -273,8 +281,8 @@ func (l *Lock) unlinkDirect(o *op, path string) error {
 		}
 		defer unix.Close(dir)
 		var info fileInfo
-		if info, errno = o.statAt(dir); errno == 0 && isLease(info, l.id, ours) {
-			errno = o.unlinkAt(dir)
+		if info, errno = o.statAt(dir); errno == 0 {
+			gone, errno = removeLease(int(l.fd), info, l.id, l.record, func() syscall.Errno { return o.unlinkAt(dir) })
 		}
 		return done
 	})
@@ -287,10 +295,4 @@ func (l *Lock) unlinkDirect(o *op, path string) error {
 		return &Error{OpUnlink, path, errno}
 	}
 	return nil
-}
-
-// isLease reports whether a file is the locked one and may be a lease file: empty, or with a record of ours that
-// could not be removed.
-func isLease(info fileInfo, locked FileID, record bool) bool {
-	return info.id == locked && info.kind() == unix.S_IFREG && (info.size == 0 || record)
 }

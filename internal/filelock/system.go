@@ -33,16 +33,17 @@ type scratch struct {
 
 // fileInfo is what is of interest of a file's status.
 type fileInfo struct {
-	id   FileID
-	mode uint32 // st_mode
-	size uint64
-	rdev uint64
+	id    FileID
+	mode  uint32 // st_mode
+	size  uint64
+	rdev  uint64
+	links uint64
 }
 
 func (i fileInfo) kind() uint32 { return i.mode & unix.S_IFMT }
 
-func makeInfo(dev, ino, rdev, size uint64, mode uint32) fileInfo {
-	i := fileInfo{id: FileID{Dev: dev, Ino: ino}, mode: mode, size: size, rdev: rdev}
+func makeInfo(dev, ino, rdev, size, links uint64, mode uint32) fileInfo {
+	i := fileInfo{id: FileID{Dev: dev, Ino: ino}, mode: mode, size: size, rdev: rdev, links: links}
 	if i.kind() == unix.S_IFBLK {
 		i.id = FileID{Dev: rdev, Block: true}
 	}
@@ -50,7 +51,7 @@ func makeInfo(dev, ino, rdev, size uint64, mode uint32) fileInfo {
 }
 
 func infoOfStat(st *unix.Stat_t) fileInfo {
-	return makeInfo(uint64(st.Dev), st.Ino, uint64(st.Rdev), uint64(st.Size), st.Mode) // other widths on other architectures
+	return makeInfo(uint64(st.Dev), st.Ino, uint64(st.Rdev), uint64(st.Size), uint64(st.Nlink), st.Mode) // other widths on other architectures
 }
 
 // setPath puts path and a NUL into the buffer. The path is known to be
@@ -119,14 +120,14 @@ func (s *scratch) fstat(fd int) (fileInfo, syscall.Errno) {
 
 // statAt looks at the name in the directory dir; a symbolic link is itself.
 func (s *scratch) statAt(dir int) (fileInfo, syscall.Errno) {
-	const mask = unix.STATX_TYPE | unix.STATX_MODE | unix.STATX_INO | unix.STATX_SIZE
+	const mask = unix.STATX_TYPE | unix.STATX_MODE | unix.STATX_INO | unix.STATX_SIZE | unix.STATX_NLINK
 	_, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(dir), uintptr(unsafe.Pointer(s.name)),
 		unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, mask, uintptr(unsafe.Pointer(&s.stx)), 0)
 	if errno != 0 {
 		return fileInfo{}, errno
 	}
 	x := &s.stx
-	return makeInfo(unix.Mkdev(x.Dev_major, x.Dev_minor), x.Ino, unix.Mkdev(x.Rdev_major, x.Rdev_minor), x.Size, uint32(x.Mode)), 0
+	return makeInfo(unix.Mkdev(x.Dev_major, x.Dev_minor), x.Ino, unix.Mkdev(x.Rdev_major, x.Rdev_minor), x.Size, uint64(x.Nlink), uint32(x.Mode)), 0
 }
 
 // openAt opens the name in the directory dir for reading and writing, and no

@@ -304,10 +304,13 @@ func (w *work) unlinkLease(fd int, path string) syscall.Errno {
 	if errno != 0 {
 		return errno
 	}
-	ours, _ := emptyRecord(fd, locked)
+	gone := false
 	now, errno := lstat(path)
-	if errno == 0 && isLease(now, locked.id, ours) {
-		errno = retry(func() error { return unix.Unlink(path) })
+	if errno == 0 {
+		gone, errno = removeLease(fd, now, locked.id, 0, func() syscall.Errno { return retry(func() error { return unix.Unlink(path) }) })
+	}
+	if !gone {
+		emptyRecord(fd, locked, 0)
 	}
 	if errno == unix.ENOENT {
 		return 0
