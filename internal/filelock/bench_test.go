@@ -40,14 +40,14 @@ func BenchmarkBare(b *testing.B) {
 	})
 }
 
-func benchLock(b *testing.B, f *Files, path string, create bool) {
+func benchLock(b *testing.B, f *Files, path string, create bool, record []byte) {
 	b.ReportAllocs()
 	unlink := ""
 	if create {
 		unlink = path
 	}
 	for b.Loop() {
-		l, err := f.Lock(path, Exclusive, create, nil)
+		l, err := f.Lock(path, Exclusive, create, record)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -57,7 +57,7 @@ func benchLock(b *testing.B, f *Files, path string, create bool) {
 
 func BenchmarkLock(b *testing.B) {
 	benchDirs(b, func(b *testing.B, dir string) {
-		benchLock(b, newFiles(b, Config{}), makeFile(b, dir+"/disk", "data"), false)
+		benchLock(b, newFiles(b, Config{}), makeFile(b, dir+"/disk", "data"), false, nil)
 	})
 }
 
@@ -65,7 +65,7 @@ func BenchmarkLockByLink(b *testing.B) {
 	benchDirs(b, func(b *testing.B, dir string) {
 		makeFile(b, dir+"/disk", "data")
 		os.Symlink(dir, dir+"/link")
-		benchLock(b, newFiles(b, Config{}), dir+"/link/disk", false)
+		benchLock(b, newFiles(b, Config{}), dir+"/link/disk", false, nil)
 	})
 }
 
@@ -91,7 +91,47 @@ func BenchmarkBareLease(b *testing.B) {
 
 func BenchmarkLease(b *testing.B) {
 	benchDirs(b, func(b *testing.B, dir string) {
-		benchLock(b, newFiles(b, Config{}), dir+"/lease", true)
+		benchLock(b, newFiles(b, Config{}), dir+"/lease", true, nil)
+	})
+}
+
+// BenchmarkLeaseWithRecord is what an exclusive holder pays.
+func BenchmarkLeaseWithRecord(b *testing.B) {
+	record := newRecord("a-domain-of-usual-length")
+	benchDirs(b, func(b *testing.B, dir string) {
+		benchLock(b, newFiles(b, Config{}), dir+"/lease", true, record)
+	})
+}
+
+// BenchmarkBareRecord is the least that a record costs: to write it.
+func BenchmarkBareRecord(b *testing.B) {
+	record := newRecord("a-domain-of-usual-length")
+	benchDirs(b, func(b *testing.B, dir string) {
+		path := dir + "/lease"
+		for b.Loop() {
+			fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_CREAT, 0o600)
+			if err != nil {
+				b.Fatal(err)
+			}
+			unix.Pwrite(fd, record, 0)
+			unix.Unlink(path)
+			unix.Close(fd)
+		}
+	})
+}
+
+// BenchmarkBareEmpty is that without a record.
+func BenchmarkBareEmpty(b *testing.B) {
+	benchDirs(b, func(b *testing.B, dir string) {
+		path := dir + "/lease"
+		for b.Loop() {
+			fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_CREAT, 0o600)
+			if err != nil {
+				b.Fatal(err)
+			}
+			unix.Unlink(path)
+			unix.Close(fd)
+		}
 	})
 }
 
@@ -99,7 +139,7 @@ func BenchmarkWorker(b *testing.B) {
 	benchDirs(b, func(b *testing.B, dir string) {
 		f := newFiles(b, Config{})
 		f.openat2 = false
-		benchLock(b, f, makeFile(b, dir+"/disk", "data"), false)
+		benchLock(b, f, makeFile(b, dir+"/disk", "data"), false, nil)
 	})
 }
 

@@ -3,6 +3,7 @@
 package filelock
 
 import (
+	"bytes"
 	"hash/maphash"
 	"syscall"
 	"time"
@@ -54,7 +55,7 @@ func hasRecord(fd int, info fileInfo, own uint64) bool {
 	if own != 0 && sum(b) == own {
 		return true
 	}
-	_, ok := lease.Parse(b)
+	_, ok := lease.Parse(bytes.Clone(b)) // else buf would not lie on the stack
 	return ok
 }
 
