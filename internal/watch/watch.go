@@ -91,10 +91,11 @@ func (w *Watcher) Run(ctx context.Context) {
 		for from, more := 0, true; more; more = from != 0 {
 			var entries []lockspace.Entry
 			entries, from = w.cfg.Table.List(from, part)
+			// Together, since to wake up for each costs more than to look at it.
+			if !rest(ctx, pace*time.Duration(len(entries))) {
+				return
+			}
 			for i := range entries {
-				if !rest(ctx, pace) {
-					return
-				}
 				w.look(&entries[i], pass)
 			}
 		}

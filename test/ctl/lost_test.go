@@ -383,3 +383,34 @@ func TestLookOpensNothing(t *testing.T) {
 		t.Errorf("the file was opened: %d bytes of events, %v", n, err)
 	}
 }
+
+// A disk that hangs keeps the daemon from looking at that disk only, and nobody from anything.
+func TestLookAtHungDisk(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t, "kill")
+	disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
+	disk.Fill("a")
+	beta := g.h.Spawn(host.ProcessOptions{})
+	c := beta.Dial(g.d, "lock")
+	must(t, c.Register(stranger("beta", beta.PID())))
+	must(t, c.Acquire("", "/tmp/slow/a", 0))
+	must(t, g.c.Acquire("", file(g.h, "disk"), 0))
+	g.fill()
+	must(t, os.Remove(g.h.Path(host.Data+"/disk")))
+	disk.Hang(slowdisk.Read)
+	g.look()
+	disk.AwaitHang(slowdisk.Read)
+	if !host.Eventually(func() bool { return g.lost("deleted", "leads nowhere now") }) {
+		t.Fatalf("nobody is told of another lock: %s", host.Shorten(g.d.Stderr()))
+	}
+	for range 100 {
+		must(t, c.Acquire("", file(g.h, "other"), 0))
+		must(t, c.Release("", host.Data+"/other"))
+	}
+	g.look()
+	disk.Resume(slowdisk.Read)
+	must(t, c.Release("", "/tmp/slow/a"))
+	if beta.Dead() || disk.Locked("a") || strings.Contains(want(t, g.h, ok, "events", "-k", "lost").out, "beta") {
+		t.Error("a disk that does not answer counts as a lost lock")
+	}
+}
