@@ -20,40 +20,46 @@ var errReplaced = errors.New("another file is at its path")
 //
 // Nothing that may be held still is given up before something in its place is held. A local file is locked by the descriptor
 // that is there: no local file system forgets one, and a second one could not be closed where locks are POSIX ones. A remote
-// file is opened afresh, since a server may not know the old description any more. If that is refused, it may be because of our own
+// file is opened afresh, since a server may not know the old description any more. If that fails, it may be because of our own
 // old lock, so that one is asked for once more, in place. If it is granted, nobody else has had the file. It stays, unless the file can be
 // read by a fresh description and not by the old one, as on NFS after the server has forgotten us: the kernel goes on to
 // believe in that lock and refuses another one. Then both are shared for a moment, in which nobody gets in who wants to write.
 //
-// Errors: ErrUnreadable; of type *Error, with ErrLocked where somebody else has the lock. Nobody may be releasing the lock
-// meanwhile. It may block as long as the disk hangs.
+// Errors: ErrUnreadable; of type *Error, with ErrLocked where somebody else has the lock, and *HungError where nothing is known.
+// Nobody may be releasing the lock meanwhile. It may block as long as the disk hangs.
 func (l *Lock) Regain(unreadable bool) (*Lock, error) {
 	o := l.files.begin("lock", l.path)
 	defer l.files.end(o)
-	switch {
-	case l.mount == "":
+	if l.mount == "" {
 		return l, l.regainDirect(o)
-	case l.shares != nil:
-		return nil, wrap(OpLock, l.path, errors.New("it is the lock of several resources"))
 	}
-	fresh, err := l.fresh(l.mode)
-	if !errors.Is(err, ErrLocked) {
-		return fresh, err
+	var err error
+	var hung *HungError
+	if l.shares == nil { // else other resources have the same description
+		var fresh *Lock
+		fresh, err = l.fresh(l.mode)
+		if err == nil || errors.Is(err, errReplaced) || errors.Is(err, unix.ENOENT) || errors.As(err, &hung) {
+			return fresh, err
+		}
 	}
-	if l.again(o, l.mode) != nil {
-		return nil, err // somebody else's, with the record that he has left
+	if failed := l.again(o, l.mode); failed != nil {
+		if err == nil || errors.As(failed, &hung) {
+			err = wrap(OpLock, l.path, failed)
+		}
+		return nil, err // mostly, somebody else has it
 	}
 	l.weak = false
 	if !unreadable || l.readable(o, l.cells()) {
 		return l, nil
 	}
-	if l.holder != nil || !l.readable(o, nil) {
+	if l.shares != nil || l.holder != nil || !l.readable(o, nil) {
 		return l, ErrUnreadable
 	}
 	if l.mode == Exclusive && l.again(o, Shared) != nil {
 		return l, ErrUnreadable
 	}
-	if fresh, err = l.fresh(Shared); err != nil {
+	fresh, err := l.fresh(Shared)
+	if err != nil {
 		l.weak = l.again(o, l.mode) != nil
 		return l, ErrUnreadable
 	}

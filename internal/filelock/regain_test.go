@@ -115,12 +115,20 @@ func TestRegainPOSIX(t *testing.T) {
 	if l.Kind() != POSIX {
 		t.Fatal("no POSIX lock")
 	}
+	opens, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(opens)
 	before := len(openFiles(t))
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	unix.Close(fd) // the lock goes with it
+	if _, err := unix.InotifyAddWatch(opens, path, unix.IN_OPEN|unix.IN_CLOSE); err != nil {
+		t.Fatal(err)
+	}
 	probe := l.Probe()
 	if found, err := probe.Check(true); err != nil || len(found) != 1 || found[0].Fault != Gone {
 		t.Fatalf("found %v, %v", found, err)
@@ -130,6 +138,10 @@ func TestRegainPOSIX(t *testing.T) {
 	}
 	if found, err := probe.Check(true); err != nil || len(found) > 0 || len(openFiles(t)) != before {
 		t.Errorf("found %v, %v", found, err)
+	}
+	var events [4096]byte
+	if n, err := unix.Read(opens, events[:]); err != unix.EAGAIN {
+		t.Errorf("it was opened: %d bytes of events, %v", n, err)
 	}
 	mustRelease(t, l, "")
 }

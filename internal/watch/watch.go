@@ -204,6 +204,7 @@ func (w *Watcher) look(e *lockspace.Entry, pass uint64) {
 // and done before, and it returns what is now.
 func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free time.Duration, told grade) grade {
 	free = free.Round(time.Second)
+	var hung *filelock.HungError
 	err := w.regain(e, lost)
 	holds, current := w.cfg.Table.Current(e)
 	if !current {
@@ -222,8 +223,8 @@ func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free 
 			w.report(e, holds, lost, text+"; the lock is held")
 		}
 		return max(told, faulty)
-	case told == invalid:
-		return told
+	case told == invalid, errors.As(err, &hung):
+		return told // nothing new; the next pass sees what has become of a disk that hangs
 	}
 	action := w.cfg.Action()
 	w.cfg.Logger.Error("a lock is lost while its owner lives: another guest can write to the same disk",

@@ -36,6 +36,7 @@ type fixture struct {
 	events *events.Log
 	action atomic.Value
 	dir    string
+	fds    map[string]int // by path
 
 	mu  sync.Mutex
 	log bytes.Buffer
@@ -55,7 +56,7 @@ func (f *fixture) logged() string {
 
 func newFixture(t *testing.T, action string) *fixture {
 	t.Helper()
-	f := &fixture{T: t, dir: t.TempDir(), events: events.New()}
+	f := &fixture{T: t, dir: t.TempDir(), fds: map[string]int{}, events: events.New()}
 	f.action.Store(action)
 	files, err := filelock.New(filelock.Config{})
 	if err != nil {
@@ -123,19 +124,20 @@ func (f *fixture) acquire(process *exec.Cmd, name, path string, flags uint32) {
 	if _, err := f.cfg.Table.Acquire(lockspace.Request{Resource: path, Flags: flags, Owner: o}); err != nil {
 		f.Fatal(err)
 	}
+	entries, _ := f.cfg.Table.List(0, 100)
+	for _, e := range entries {
+		if e.Path == path {
+			f.fds[path], _ = e.Lock.State()
+		}
+	}
+	f.cfg.Table.Held() // whoever releases it does so later
 }
 
 // unlock drops a lock behind the table's back.
 func (f *fixture) unlock(path string) {
 	f.Helper()
-	entries, _ := f.cfg.Table.List(0, 100)
-	for _, e := range entries {
-		if e.Path == path {
-			fd, _ := e.Lock.State()
-			if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK, Len: 1}); err != nil {
-				f.Fatal(err)
-			}
-		}
+	if err := unix.FcntlFlock(uintptr(f.fds[path]), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK, Len: 1}); err != nil {
+		f.Fatal(err)
 	}
 }
 
