@@ -87,7 +87,7 @@ func BenchmarkDecode(b *testing.B) {
 	for _, n := range sizes {
 		s := populated(n.locks, n.clients)
 		for _, r := range readers {
-			data := encode(s, r.Reader).b
+			data := encode(nil, s, r.Reader).b
 			b.Run(fmt.Sprintf("locks=%d/clients=%d/from=%s", n.locks, n.clients, r.name), func(b *testing.B) {
 				b.ReportAllocs()
 				b.SetBytes(int64(len(data)))

@@ -25,12 +25,17 @@ const extra = "virtlockd-go"
 //
 // Errors: *SyntaxError, *MagicError.
 func Decode(data []byte, pid int32) (*Snapshot, []Problem, error) {
-	d := &decoder{
-		scanner: scanner{data: data},
-		snap:    &Snapshot{PIDFile: NoFD, Vault: NoFD},
-		fds:     descriptors{},
-		spaces:  map[string]*space{},
+	if len(data) >= aheadSize {
+		if s := decodeAhead(data, pid); s != nil {
+			return s, nil, nil
+		}
 	}
+	return decode(data, pid, nil)
+}
+
+func decode(data []byte, pid int32, a *ahead) (*Snapshot, []Problem, error) {
+	d := newDecoder(data)
+	d.ahead = a
 	if d.peek() != '{' {
 		d.unexpected()
 	}
@@ -48,8 +53,18 @@ func Decode(data []byte, pid int32) (*Snapshot, []Problem, error) {
 	return d.snap, d.problems, nil
 }
 
+func newDecoder(data []byte) *decoder {
+	return &decoder{
+		scanner: scanner{data: data},
+		snap:    &Snapshot{PIDFile: NoFD, Vault: NoFD},
+		fds:     descriptors{},
+		spaces:  map[string]*space{},
+	}
+}
+
 type decoder struct {
 	scanner
+	ahead    *ahead // nil: nobody reads ahead
 	at       []step
 	problems []Problem
 	snap     *Snapshot
@@ -352,9 +367,13 @@ func (d *decoder) document() (magic string) {
 		case documentDaemon:
 			d.daemon()
 		case documentDefault:
-			d.lockspace(true)
+			if !d.catchUp(k) {
+				d.lockspace(true)
+			}
 		case documentLockspaces:
-			d.array(func(int) { d.lockspace(false) })
+			if !d.catchUp(k) {
+				d.array(func(int) { d.lockspace(false) })
+			}
 		case documentMagic:
 			if text, ok := d.text(); ok {
 				magic = string(text)

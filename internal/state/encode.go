@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"sync"
 	"unicode/utf8"
 )
 
@@ -24,11 +25,14 @@ const (
 //
 // Errors: *NotForCError when the C daemon would end, losing every lock, or be wrong; or that the snapshot
 // refers to an owner that it does not have.
-func Encode(s *Snapshot, r Reader) ([]byte, error) {
+func Encode(s *Snapshot, r Reader) ([]byte, error) { return AppendTo(nil, s, r) }
+
+// AppendTo is Encode into the memory behind b, as far as there is enough of it.
+func AppendTo(b []byte, s *Snapshot, r Reader) ([]byte, error) {
 	if err := s.check(); err != nil {
 		return nil, err
 	}
-	e := encode(s, r)
+	e := encode(b, s, r)
 	if r == C {
 		if obstacles := blocking(e.obstacles(s)); len(obstacles) > 0 {
 			return nil, &NotForCError{Obstacles: obstacles}
@@ -36,6 +40,16 @@ func Encode(s *Snapshot, r Reader) ([]byte, error) {
 	}
 	return e.b, nil
 }
+
+// Room is how much memory the encoding of so many clients and resources usually takes, in bytes.
+func Room(clients, resources int) int {
+	return 4096 + clients*(clientRoom+ownerRoom) + resources*resourceRoom
+}
+
+// What is usual, so that growing is the exception.
+const (
+	clientRoom, resourceRoom, ownerRoom = 448, 384, 256
+)
 
 // check finds references to nothing, which would be a mistake of the caller.
 func (s *Snapshot) check() error {
@@ -73,7 +87,8 @@ func (s *Snapshot) spaces() func(yield func(string, []Resource) bool) {
 	}
 }
 
-func encode(s *Snapshot, r Reader) *encoder {
+// encode writes the servers and the rest side by side, because everybody waits for a hand-over.
+func encode(b []byte, s *Snapshot, r Reader) *encoder {
 	resources, clients := 0, 0
 	for _, rs := range s.spaces() {
 		resources += len(rs)
@@ -83,11 +98,29 @@ func encode(s *Snapshot, r Reader) *encoder {
 			clients += len(srv.Clients)
 		}
 	}
-	// What is usual, so that growing is the exception.
-	e := &encoder{reader: r, b: make([]byte, 0, 4096+384*(resources+clients)+256*len(s.Owners))}
-	e.snapshot(s)
-	return e
+	front := 2048 + clientRoom*clients
+	whole := slices.Grow(b, front+2048+resourceRoom*resources+ownerRoom*len(s.Owners))
+	start := len(whole)
+	middle := start + front
+	first, second := &encoder{reader: r, b: whole[:start:middle]}, &encoder{reader: r, b: whole[middle:middle]}
+	if clients >= worthwhile {
+		var both sync.WaitGroup
+		both.Go(func() { second.rest(s) })
+		first.servers(s)
+		both.Wait()
+	} else {
+		first.servers(s)
+		second.rest(s)
+	}
+	if cap(first.b) == middle { // it had room enough, and goes on where the other one began
+		first.b = whole[:len(first.b)]
+	}
+	first.b = append(first.b, second.b...)
+	return first
 }
+
+// worthwhile is from how many clients on it pays to work side by side: to begin with that takes some 50 us.
+const worthwhile = 250
 
 // An encoder appends JSON without white space.
 type encoder struct {
@@ -223,7 +256,8 @@ func (e *encoder) extra() (end func()) {
 	}
 }
 
-func (e *encoder) snapshot(s *Snapshot) {
+// servers begins the document with the servers, which are most of it together with the rest.
+func (e *encoder) servers(s *Snapshot) {
 	e.open('{')
 	e.key("daemon")
 	e.open('{')
@@ -239,6 +273,10 @@ func (e *encoder) snapshot(s *Snapshot) {
 	}
 	e.end('}')
 	e.end('}')
+}
+
+// rest goes on where servers has ended.
+func (e *encoder) rest(s *Snapshot) {
 	e.key("defaultLockspace")
 	e.open('{')
 	e.resources(s, s.Default)

@@ -79,7 +79,7 @@ func ForC(s *Snapshot) ([]Obstacle, error) {
 	if err := s.check(); err != nil {
 		return nil, err
 	}
-	return encode(s, C).obstacles(s), nil
+	return encode(nil, s, C).obstacles(s), nil
 }
 
 func blocking(os []Obstacle) []Obstacle {

@@ -15,7 +15,7 @@ import (
 func pad(s *Snapshot, n int) {
 	const frame = len(`{"directory":"","resources":[]},`)
 	const most = 60_000 // less than a string of the protocol
-	missing := n - len(encode(s, C).b)
+	missing := n - len(encode(nil, s, C).b)
 	for i := 0; missing > 0; i++ {
 		dir := min(missing-frame, most)
 		if rest := missing - frame - dir; 0 < rest && rest < 2*frame {

@@ -180,7 +180,7 @@ func handOver() error {
 		hurdles[i].change(s)
 	}
 	// Also what Encode would refuse.
-	if err := Write(stateFile, encode(s, Reader(data[0])).b); err != nil {
+	if err := Write(stateFile, encode(nil, s, Reader(data[0])).b); err != nil {
 		return err
 	}
 	return syscall.Exec(cDaemon, os.Args, os.Environ())

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"strings"
 	"testing"
 	"unicode/utf8"
 
@@ -206,6 +207,7 @@ func TestRoundTripOurs(t *testing.T) {
 			t.Fatal(err)
 		}
 		clean(t, problems)
+		checkAhead(t, data, want.PID, got, len(problems) == 0)
 		if diff := cmp.Diff(want, got, equal); diff != "" {
 			t.Fatalf("snapshot (-want +got):\n%s", diff)
 		}
@@ -216,7 +218,7 @@ func TestRoundTripC(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		s := snapshots(C).Draw(t, "snapshot")
-		e := encode(s, C)
+		e := encode(nil, s, C)
 		if !json.Valid(e.b) || !utf8.Valid(e.b) {
 			t.Fatalf("not JSON: %s", e.b)
 		}
@@ -282,9 +284,24 @@ func asC(s *Snapshot) *Snapshot {
 	return c
 }
 
+// Who reads ahead comes to the same result, and to none if there is something to say about the file.
+func checkAhead(t rapid.TB, data []byte, pid int32, want *Snapshot, faultless bool) {
+	t.Helper()
+	got := decodeAhead(data, pid)
+	if (got != nil) != faultless {
+		t.Fatalf("read ahead: a snapshot %t, want %t\nfile:\n%s", got != nil, faultless, data)
+	}
+	if faultless {
+		if diff := cmp.Diff(want, got, equal); diff != "" {
+			t.Fatalf("read ahead (-without +with):\n%s\nfile:\n%s", diff, data)
+		}
+	}
+}
+
 // Whatever decodes encodes to a file that decodes to the same, for both readers.
 func checkStable(t rapid.TB, data []byte, pid int32) {
-	s, _, err := Decode(data, pid)
+	s, problems, err := Decode(data, pid)
+	checkAhead(t, data, pid, s, err == nil && len(problems) == 0)
 	if err != nil {
 		if s != nil {
 			t.Fatal("a snapshot is returned with an error")
@@ -296,6 +313,7 @@ func checkStable(t rapid.TB, data []byte, pid int32) {
 		t.Fatalf("what was decoded can't be encoded: %v", err)
 	}
 	again, problems, err := Decode(ours, pid)
+	checkAhead(t, ours, pid, again, err == nil && len(problems) == 0)
 	if err != nil {
 		t.Fatalf("what was encoded can't be decoded: %v\n%s", err, ours)
 	}
@@ -307,7 +325,7 @@ func checkStable(t rapid.TB, data []byte, pid int32) {
 	if diff := cmp.Diff(s, again, equal); diff != "" {
 		t.Fatalf("snapshot (-first +second):\n%s\nfile:\n%s", diff, ours)
 	}
-	c := encode(s, C).b
+	c := encode(nil, s, C).b
 	if !json.Valid(c) || !utf8.Valid(c) {
 		t.Fatalf("not JSON for C: %s", c)
 	}
@@ -315,7 +333,7 @@ func checkStable(t rapid.TB, data []byte, pid int32) {
 	if err != nil {
 		t.Fatalf("what was encoded for C can't be decoded: %v\n%s", err, c)
 	}
-	second, _, err := Decode(encode(first, C).b, pid)
+	second, _, err := Decode(encode(nil, first, C).b, pid)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -406,4 +424,47 @@ func TestMutations(t *testing.T) {
 	}
 	walk(document)
 	t.Logf("%d files", n)
+}
+
+// A file whose lockspaces are not where they seem to be, or are there twice, is read as by one who does not read ahead.
+func TestMisleading(t *testing.T) {
+	t.Parallel()
+	large := populated(1000, 1000)
+	large.Default, large.Lockspaces[0].Resources = large.Lockspaces[0].Resources[:500], large.Lockspaces[0].Resources[500:]
+	for i := range large.Default {
+		large.Default[i].Name = large.Default[i].Path
+	}
+	data, err := Encode(large, Ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spaces := string(next(documentDefault)) + `{"resources":[{"name":"/x","path":"/x","fd":77777,"lockHeld":true,"flags":0,"owners":[1]}]},"lockspaces":[]`
+	for _, tt := range []struct{ name, old, new string }{
+		{name: "as it is"},
+		{"unknown key with the same inside", `{"daemon":`, `{"unknown":{"a":1` + spaces + `},"daemon":`},
+		{"the same before", `{"daemon":`, `{"unknown":1` + spaces + `,"daemon":`},
+		{"the others before", `{"daemon":`, `{"lockspaces":[],"daemon":`},
+		{"the others before, with one", `{"daemon":`, `{"lockspaces":[{"directory":"/d","resources":[]}],"daemon":`},
+		{"the same behind", `,"magic":`, spaces + `,"magic":`},
+		{"broken", `,"magic":`, `,"magic"`},
+		{"broken lockspaces", `"lockspaces":[`, `"lockspaces":{`},
+		{"one descriptor twice", `"fd":10,`, `"fd":11,`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			changed := []byte(strings.Replace(string(data), tt.old, tt.new, 1))
+			want, wantProblems, wantErr := decode(changed, large.PID, nil)
+			got, problems, err := Decode(changed, large.PID)
+			if fmt.Sprint(err) != fmt.Sprint(wantErr) {
+				t.Fatalf("error %v, want %v", err, wantErr)
+			}
+			if diff := cmp.Diff(want, got, equal); diff != "" {
+				t.Errorf("snapshot (-without +with):\n%s", diff)
+			}
+			if diff := cmp.Diff(wantProblems, problems, equal); diff != "" {
+				t.Errorf("problems (-without +with):\n%s", diff)
+			}
+			checkAhead(t, changed, large.PID, want, wantErr == nil && len(wantProblems) == 0)
+		})
+	}
 }
