@@ -73,6 +73,10 @@ const (
 	stopTime = 5 * time.Second
 	// serverTime is how much of it clients get whose request is under way.
 	serverTime = 2 * time.Second
+	// gcPercent makes the heap small: it is collected a little more often. GOGC and GOMEMLIMIT don't count.
+	gcPercent = 50
+	// lull is how long those who have waited for a live upgrade have the processors for themselves afterwards.
+	lull = 20 * time.Millisecond
 	// flushTime bounds the wait for log outputs that are slow to take the last lines.
 	flushTime = time.Second
 )
@@ -473,6 +477,16 @@ func (d *daemon) start(fault error) (err error) {
 	return nil
 }
 
+// wait returns true after that time, or false when ctx is done.
+func wait(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
 func (d *daemon) category(name string) *slog.Logger {
 	return d.logs.Logger().With(logging.Category, name)
 }
@@ -724,6 +738,10 @@ func (d *daemon) serve() (code int, ended bool) {
 	idle.Go(func() { d.keepNote(ctx) })
 	idle.Go(func() { d.idle.run(ctx) })
 	idle.Go(func() {
+		if !wait(ctx, lull) {
+			return
+		}
+		debug.SetGCPercent(gcPercent)
 		d.table.Confirm(d.tellFinding)
 		d.strengthen(ctx.Done())
 	})
@@ -743,8 +761,6 @@ func (d *daemon) serve() (code int, ended bool) {
 	}()
 
 	d.tellSystemd("READY=1")
-	// A small heap that is collected a little more often; GOGC and GOMEMLIMIT don't count.
-	debug.SetGCPercent(50)
 	d.waiting.report(exitOK, "")
 
 	go d.watchKeeper(ctx)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,10 +49,11 @@ type legacy struct {
 // findLegacy reads the state file and removes it: what it says is true now or never. A file of another process was
 // left by one that died, or is just being handed over there: then it is left alone.
 func findLegacy(p paths) legacy {
-	data, err := state.Read(p.stateFile)
+	data, release, err := state.Map(p.stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return legacy{}
 	}
+	defer func() { go release() }() // it takes longer than to read the file did
 	var l legacy
 	if err == nil {
 		var looked sync.WaitGroup
@@ -295,18 +297,14 @@ func (d *daemon) inheritLocks(s *state.Snapshot) (*filelock.Takeover, []heir) {
 	}
 
 	take := d.files.Takeover(len(heirs))
-	var parts sync.WaitGroup
-	for part := range slices.Chunk(heirs, len(heirs)/runtime.GOMAXPROCS(0)+1) {
-		parts.Go(func() {
-			take := take.Another()
-			for i := range part {
-				if h := &part[i]; h.res.File != (state.File{}) {
-					d.inherit(take, h)
-				}
+	sideBySide(heirs, func(part []heir) {
+		take := take.Another()
+		for i := range part {
+			if h := &part[i]; h.res.File != (state.File{}) {
+				d.inherit(take, h)
 			}
-		})
-	}
-	parts.Wait()
+		}
+	})
 	return take, heirs
 }
 
@@ -437,37 +435,58 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 		}
 		from.server.Resume(from.Server)
 		d.adminProgram.SetPriorityWorkers(from.server, from.PriorityWorkers)
-		for i := range from.Clients {
-			c := &from.Clients[i]
-			if !d.left.inherited.has(int(c.FD)) {
-				d.log.Error("live upgrade: a client is not kept", "client", c.ID, "server", from.server.Name(), "error", notInherited(c.FD))
-				d.strays = true
-				continue
-			}
-			err := from.server.Adopt(c, func(client *rpc.Client) error {
-				if from.server != d.lock {
-					return nil
+		var kept, strays atomic.Int32
+		sideBySide(from.Clients, func(part []state.Client) {
+			for i := range part {
+				if d.adoptClient(from.server, &part[i], owners) {
+					kept.Add(1)
+				} else {
+					strays.Add(1)
 				}
-				if err := d.locks.Restore(client, c, owners); err != nil {
-					d.log.Warn("live upgrade: a connection is kept, but its end does not tell that of the guest", "error", err)
-				}
-				return nil
-			})
-			if err == nil {
-				d.left.inherited.taken(int(c.FD))
-				n++
-				continue
 			}
-			d.log.Error("live upgrade: a client is not kept; its connection is closed", "error", err)
-			d.strays = true
-			// Only a connected socket can be shut down: nothing else is ever closed by mistake.
-			if unix.Shutdown(int(c.FD), unix.SHUT_RDWR) == nil {
-				d.left.inherited.taken(int(c.FD))
-				unix.Close(int(c.FD))
-			}
-		}
+		})
+		n += int(kept.Load())
+		d.strays = d.strays || strays.Load() > 0
 	}
 	return n
+}
+
+// sideBySide calls do with parts of a list, each on a goroutine of its own.
+func sideBySide[T any](all []T, do func(part []T)) {
+	var parts sync.WaitGroup
+	for part := range slices.Chunk(all, len(all)/runtime.GOMAXPROCS(0)+1) {
+		parts.Go(func() { do(part) })
+	}
+	parts.Wait()
+}
+
+// adoptClient goes on with one connection, or says why not. Others are adopted at the same time.
+func (d *daemon) adoptClient(server *rpc.Server, c *state.Client, owners []*owner.Owner) bool {
+	fd := int(c.FD)
+	if !d.left.inherited.has(fd) {
+		d.log.Error("live upgrade: a client is not kept", "client", c.ID, "server", server.Name(), "error", notInherited(c.FD))
+		return false
+	}
+	err := server.Adopt(c, func(client *rpc.Client) error {
+		if server != d.lock {
+			return nil
+		}
+		if err := d.locks.Restore(client, c, owners); err != nil {
+			d.log.Warn("live upgrade: a connection is kept, but its end does not tell that of the guest", "error", err)
+		}
+		return nil
+	})
+	if err == nil {
+		d.left.inherited.taken(fd)
+		return true
+	}
+	d.log.Error("live upgrade: a client is not kept; its connection is closed", "error", err)
+	// Only a connected socket can be shut down: nothing else is ever closed by mistake.
+	if unix.Shutdown(fd, unix.SHUT_RDWR) == nil {
+		d.left.inherited.taken(fd)
+		unix.Close(fd)
+	}
+	return false
 }
 
 // adoptSettings restores what was changed at run time.

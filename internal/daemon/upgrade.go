@@ -87,7 +87,18 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 		return nil
 	}
 	d.followConfig(settings)
+	next.room = touched(state.Room(d.lock.Count(), d.table.Held()))
 	return next
+}
+
+// touched returns memory that the kernel has given already: a page of 4 KiB takes it more than a microsecond, for which nobody is
+// to wait.
+func touched(size int) []byte {
+	b := make([]byte, size)
+	for i := 0; i < size; i += os.Getpagesize() {
+		b[i] = 0
+	}
+	return b[:0]
 }
 
 func (d *daemon) upgradeFailed(err error) {
@@ -102,6 +113,7 @@ type successor struct {
 	path   string
 	reader state.Reader
 	file   identity
+	room   []byte // for what is written for it
 }
 
 func (d *daemon) findSuccessor(ctx context.Context) (*successor, error) {
@@ -117,7 +129,7 @@ func (d *daemon) findSuccessor(ctx context.Context) (*successor, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &successor{path, reader, file}, nil
+	return &successor{path: path, reader: reader, file: file}, nil
 }
 
 // identity tells a program from another one that is put in its place, or written over it.
@@ -286,7 +298,8 @@ func (d *daemon) noCallStuck() error {
 func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	frozen := monotonic()
 	deadline := time.Now().Add(patience)
-	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // everybody waits, and mostly what is garbage now goes with the binary
+	debug.SetGCPercent(-1) // everybody waits, and mostly what is garbage now goes with the binary
+	defer debug.SetGCPercent(gcPercent)
 	servers := []*rpc.Server{d.lock, d.admin}
 	running := make([][]*rpc.Client, len(servers))
 	for i, s := range servers {
@@ -358,7 +371,8 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	if v := d.safety.vault; v != nil {
 		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()
 	}
-	s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place)
+	var table sync.WaitGroup
+	table.Go(func() { s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place) }) // beside the clients: everybody waits
 	clients := d.lock.Clients()
 	s.Lock.Clients = make([]state.Client, 0, len(clients))
 	for _, c := range clients {
@@ -373,6 +387,7 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 			s.Admin.Clients = append(s.Admin.Clients, c.Save())
 		}
 	}
+	table.Wait()
 	s.Owners = d.owners.Snapshot()
 	epfd, gen := d.poller.State()
 	s.Epoll = &state.Epoll{FD: int32(epfd), Generation: gen}
@@ -464,7 +479,7 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 		err = errors.Join(err, inheritable(fds, false))
 	}()
 
-	data, err := state.Encode(s, next.reader)
+	data, err := state.AppendTo(next.room, s, next.reader)
 	if err != nil {
 		return err
 	}

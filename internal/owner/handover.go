@@ -22,20 +22,25 @@ func (r *Registry) Freeze() {
 // Thaw ends Freeze.
 func (r *Registry) Thaw() {
 	for _, o := range r.placed {
-		o.place = state.None
+		o.place.Store(0)
 	}
 	r.placed = nil
 	r.mu.Unlock()
 }
 
 // Place returns where in the snapshot an owner stands, and enters it there first if need be:
-// the snapshot has the owners that somebody refers to.
+// the snapshot has the owners that somebody refers to. Several goroutines may call it.
 func (r *Registry) Place(o *Owner) int32 {
-	if o.place == state.None {
-		o.place = int32(len(r.placed))
-		r.placed = append(r.placed, o)
+	if place := o.place.Load(); place != 0 {
+		return place - 1
 	}
-	return o.place
+	r.placing.Lock()
+	defer r.placing.Unlock()
+	if o.place.Load() == 0 {
+		r.placed = append(r.placed, o)
+		o.place.Store(int32(len(r.placed)))
+	}
+	return o.place.Load() - 1
 }
 
 // Snapshot returns the owners that were given a place, and those that are being ended. Their pidfds are ours still.

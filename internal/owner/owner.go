@@ -23,7 +23,6 @@ import (
 
 	"virtlockd/internal/events"
 	"virtlockd/internal/poll"
-	"virtlockd/internal/state"
 )
 
 // Details is what a client said of an owner at REGISTER.
@@ -90,8 +89,9 @@ type Owner struct {
 	ending bool
 	// stopped: by Stop, and not continued since.
 	stopped bool
-	place   int32         // in the snapshot while the registry is frozen, else state.None
 	died    chan struct{} // closed when the process has ended; nil: unverified
+
+	place atomic.Int32 // in the snapshot while the registry is frozen, from 1; else 0
 }
 
 // Details of the owner by its latest registration.
@@ -159,6 +159,7 @@ type Registry struct {
 	byPID   map[int32]*Owner    // with a process that lives
 	numbers map[int32]*Owner    // unverified
 	lately  map[int32]time.Time // numbers of processes that have ended, see remember
+	placing sync.Mutex          // while frozen it guards placed
 	placed  []*Owner            // while frozen: the snapshot
 }
 
@@ -227,7 +228,7 @@ func (r *Registry) number(d *Details) *Owner {
 	defer r.mu.Unlock()
 	o := r.numbers[d.PID]
 	if o == nil {
-		o = &Owner{PID: d.PID, reg: r, place: state.None}
+		o = &Owner{PID: d.PID, reg: r}
 		r.numbers[d.PID] = o
 	}
 	o.details.Store(d)
@@ -268,7 +269,7 @@ func (r *Registry) enter(d *Details, p *process, kind Kind) (*Owner, error) {
 		p.close()
 		return known, nil
 	}
-	o := &Owner{PID: d.PID, reg: r, proc: p, kind: kind, refs: 1, place: state.None, died: make(chan struct{})}
+	o := &Owner{PID: d.PID, reg: r, proc: p, kind: kind, refs: 1, died: make(chan struct{})}
 	o.details.Store(d)
 	// EPOLL_CTL_ADD does not block. Once only: a pidfd stays readable.
 	token, err := r.cfg.Poller.Add(p.fd, unix.EPOLLIN|unix.EPOLLONESHOT, o)

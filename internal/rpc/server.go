@@ -14,7 +14,6 @@ import (
 	"cmp"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -191,10 +190,21 @@ func (s *Server) Name() string { return s.cfg.Name }
 
 // Clients returns all clients, ordered by id.
 func (s *Server) Clients() []*Client {
+	type entry struct { // so that to sort touches no client: there may be thousands
+		id uint64
+		*Client
+	}
 	s.mu.Lock()
-	all := slices.Collect(maps.Values(s.clients))
+	entries := make([]entry, 0, len(s.clients))
+	for id, c := range s.clients {
+		entries = append(entries, entry{id, c})
+	}
 	s.mu.Unlock()
-	slices.SortFunc(all, func(a, b *Client) int { return cmp.Compare(a.id, b.id) })
+	slices.SortFunc(entries, func(a, b entry) int { return cmp.Compare(a.id, b.id) })
+	all := make([]*Client, len(entries))
+	for i, e := range entries {
+		all[i] = e.Client
+	}
 	return all
 }
 

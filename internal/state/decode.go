@@ -547,6 +547,9 @@ const maxClientID = math.MaxInt64
 
 // assignIDs gives an id to clients that have none, or one that another has already.
 func (d *decoder) assignIDs(s *Server, told bool) {
+	if told && s.ascend() {
+		return // as in a file of our own
+	}
 	ids := make(map[uint64]struct{}, len(s.Clients))
 	top := uint64(0)
 	for i := range s.Clients {
@@ -587,6 +590,18 @@ func (d *decoder) assignIDs(s *Server, told bool) {
 		c.ID = next
 		next++
 	}
+}
+
+// ascend tells whether the ids of clients rise up to the next one.
+func (s *Server) ascend() bool {
+	last := uint64(0)
+	for i := range s.Clients {
+		if s.Clients[i].ID <= last {
+			return false
+		}
+		last = s.Clients[i].ID
+	}
+	return last < s.NextClientID
 }
 
 var (
@@ -884,13 +899,31 @@ var lockspaceExtraKeys = []string{"cell"}
 func (d *decoder) lockspace(isDefault bool) {
 	var dir name
 	var cell uint32
+	var s *space
+	if isDefault {
+		s = d.space("", 0, d.room())
+	}
 	d.pending = d.pending[:0]
 	seen, ok := d.object(lockspaceKeys, func(k int) {
 		switch lockspaceKeys[k] {
 		case "directory":
 			d.name(&dir)
 		case "resources":
-			d.array(func(i int) { d.resource(i) })
+			d.array(func(i int) {
+				switch {
+				case i > 0:
+				case isDefault:
+					s.names = make(map[string]int, d.room()/2) // unlike an array it touches all its memory
+				case cap(d.pending) < 2:
+					d.pending = make([]pending, 0, d.room())
+				}
+				if d.resource(i); isDefault { // its directory is known: there is nothing to wait for
+					for j := range d.pending {
+						d.enroll(s, &d.pending[j])
+					}
+					d.pending = d.pending[:0]
+				}
+			})
 		case "directoryBytes":
 			d.bytes(&dir)
 		case extra:
@@ -904,10 +937,7 @@ func (d *decoder) lockspace(isDefault bool) {
 		return
 	}
 	path, rs := dir.String(), d.pending
-	switch {
-	case isDefault:
-		path = ""
-	case path == "":
+	if path == "" && !isDefault {
 		var fds []int32
 		for i := range rs {
 			fds = append(fds, rs[i].fd)
@@ -916,14 +946,12 @@ func (d *decoder) lockspace(isDefault bool) {
 		return
 	}
 	d.missing(lockspaceKeys, seen, 1<<1, "not in the file; taken as empty")
-	s := d.spaces[path]
-	if s == nil {
-		s = &space{
-			at: slices.Clone(d.at), dir: path, cell: cell,
-			resources: make([]Resource, 0, len(rs)), waiting: make([]waiting, 0, len(rs)), names: make(map[string]int, len(rs)),
-		}
-		d.spaces[path] = s
-		d.ordered = append(d.ordered, s)
+	if isDefault {
+		return
+	}
+	if s = d.spaces[path]; s == nil {
+		s = d.space(path, cell, len(rs))
+		s.names = make(map[string]int, len(rs))
 	} else {
 		d.kept(Duplicate, "the lockspace is there twice; its resources are taken together")
 	}
@@ -933,6 +961,17 @@ func (d *decoder) lockspace(isDefault bool) {
 		d.enroll(s, &rs[i])
 	}
 	d.at = d.at[:len(d.at)-2]
+}
+
+// space enters a lockspace, with room for so many resources.
+func (d *decoder) space(dir string, cell uint32, room int) *space {
+	s := &space{
+		at: slices.Clone(d.at), dir: dir, cell: cell,
+		resources: make([]Resource, 0, room), waiting: make([]waiting, 0, room),
+	}
+	d.spaces[dir] = s
+	d.ordered = append(d.ordered, s)
+	return s
 }
 
 var resourceKeys = []string{"name", "path", "fd", "lockHeld", "flags", "owners", extra, "nameBytes", "pathBytes"}
@@ -964,9 +1003,6 @@ type pending struct {
 }
 
 func (d *decoder) resource(index int) {
-	if d.pending == nil {
-		d.pending = make([]pending, 0, d.room())
-	}
 	d.pending = append(d.pending, pending{index: index, fd: NoFD, held: true})
 	r := &d.pending[len(d.pending)-1]
 	seen, ok := d.object(resourceKeys, func(k int) {
@@ -1122,7 +1158,12 @@ func (d *decoder) extra() {
 			v := d.u32(0)
 			d.snap.Timeout = &v
 		case "owners":
-			d.array(func(int) { d.owner() })
+			d.array(func(i int) {
+				if i == 0 {
+					d.snap.Owners = slices.Grow(d.snap.Owners, d.room())
+				}
+				d.owner()
+			})
 		case "recoveries":
 			d.snap.Recoveries = d.u64()
 		case "configuredClients":
