@@ -4,6 +4,8 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"time"
 
 	"virtlockd/test/host"
@@ -343,6 +345,34 @@ func (b *bench) upgrade(s *scope) {
 			})
 		}
 	}
+	b.exchange(s)
+}
+
+// exchange measures the way from one daemon to the other, and back.
+func (b *bench) exchange(s *scope) {
+	if b.c == "" {
+		return
+	}
+	const locks, clients = 1000, 1000
+	link := filepath.Join(b.dir, "virtlockd")
+	turn := func(to string) {
+		s.must(os.Symlink(to, link+".new"))
+		s.must(os.Rename(link+".new", link))
+	}
+	turn(b.ours)
+	t := b.startOn(host.New(s), s, ours, false, host.Options{Argv0: link})
+	t.addGuest()
+	t.lock(locks)
+	t.connect(clients)
+	away := b.results.row(fmt.Sprintf("%d locks, %d clients, from ours to C", locks, clients), seconds, goal{})
+	back := b.results.row(fmt.Sprintf("%d locks, %d clients, from C to ours", locks, clients), seconds, goal{})
+	for range b.pick(3, 5) {
+		turn(b.c)
+		away.add(ours, t.pause())
+		turn(b.ours)
+		back.add(ours, t.pause())
+	}
+	t.stop()
 }
 
 // stall is the longest wait of a client that makes pairs, while something happens to others.

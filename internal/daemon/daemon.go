@@ -147,7 +147,7 @@ func Main(args []string) int {
 	d := &daemon{
 		name: name, options: o, paths: p, signals: signals, waiting: waiting,
 		notify: systemd.NewNotifier(), asked: make(chan struct{}, 1),
-		left: left, startTime: time.Now().UnixNano(),
+		left: left, startTime: time.Now().UnixNano(), cause: "live upgrade: ",
 	}
 	d.safety.link, d.safety.why = link, noKeeper
 	return d.main(err)
@@ -198,6 +198,7 @@ type daemon struct {
 	undo    []func() // of start's steps, in their order
 
 	safety    safety
+	cause     string    // of a take-over, as its log lines begin: of a live upgrade or a recovery
 	found     *recovery // in the vault of a process that has died; nil: this one is not such a one's successor
 	left      legacy    // of another binary in this process
 	strays    bool      // not all of it could be taken over
@@ -307,6 +308,7 @@ func (d *daemon) start(fault error) (err error) {
 		if d.found, err = d.recoverVault(root); err != nil {
 			return err
 		}
+		d.cause = "recovery: "
 		d.left = legacy{snapshot: d.found.snapshot, served: true, inherited: opened(d.found.snapshot)}
 	}
 	d.safety.store = storeNotifier(d.notify, d.paths)
@@ -317,10 +319,10 @@ func (d *daemon) start(fault error) (err error) {
 		if !d.left.served {
 			return err
 		}
-		d.log.Error("live upgrade: relative names count from / now", "error", err)
+		d.log.Error(d.cause+"relative names count from / now", "error", err)
 		d.startDir = "/"
 		if err := os.Chdir("/"); err != nil {
-			d.log.Error("live upgrade: there is no working directory", "error", err)
+			d.log.Error(d.cause+"there is no working directory", "error", err)
 		}
 	}
 	if resume != nil && resume.StartDir != "" {
@@ -331,7 +333,7 @@ func (d *daemon) start(fault error) (err error) {
 		if err == nil || !d.left.served {
 			return err
 		}
-		d.log.Error("live upgrade: something is amiss that would end a daemon at its start; this one goes on for the sake of its locks", "error", err)
+		d.log.Error(d.cause+"something is amiss that would end a daemon at its start; this one goes on for the sake of its locks", "error", err)
 		return nil
 	}
 	if fault = tolerate(fault); fault != nil {
@@ -726,7 +728,7 @@ func (d *daemon) serve() (code int, ended bool) {
 		if err := l.server.Listen(l.socket.fd); err != nil {
 			err = &startError{exitNetwork, fmt.Errorf("cannot serve socket '%s': %w", l.socket.path, err)}
 			if d.upgrades > 0 || d.table.Held() > 0 {
-				d.log.Error("live upgrade: new clients have to wait for a restart; locks are kept", "error", err)
+				d.log.Error(d.cause+"new clients have to wait for a restart; locks are kept", "error", err)
 				continue
 			}
 			d.complain(err)

@@ -139,7 +139,24 @@ libvirt lock management daemon:
 }
 
 // printVersion writes the libvirt release that we speak, in the form that scripts know, then our own
-// version, by which the two daemons can be told apart.
+// version, by which the two daemons can be told apart, and that of the state file, by which one that could not read it is.
 func printVersion(w io.Writer, name string) {
-	fmt.Fprintf(w, "%s (libvirt) %s\n%s %s (%s)\n", name, buildinfo.LibvirtVersion, buildinfo.Product, buildinfo.Version, buildinfo.CommitName())
+	fmt.Fprintf(w, "%s (libvirt) %s\n%s %s (%s)\n%s%d\n", name, buildinfo.LibvirtVersion,
+		buildinfo.Product, buildinfo.Version, buildinfo.CommitName(), stateVersion, state.Version)
+}
+
+// stateVersion is what the third line begins with.
+const stateVersion = "state file version "
+
+// readsOurs tells whether a program whose --version has that third line reads a state file of ours. Before there was such a line
+// the version was 1.
+func readsOurs(line string) error {
+	text, told := strings.CutPrefix(line, stateVersion)
+	if !told {
+		text = "1"
+	}
+	if n, err := strconv.Atoi(text); err != nil || n < state.Version {
+		return fmt.Errorf("it reads version %.20q of our state file, this one writes version %d", text, state.Version)
+	}
+	return nil
 }

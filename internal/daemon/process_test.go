@@ -123,7 +123,7 @@ func TestVersion(t *testing.T) {
 	for _, args := range []string{"-V", "--version", "--vers", "-vV", "-Vh", "-Vx", "-t5 -V", "--da -V", "-v extra -V", "-d -V"} {
 		stdout, stderr, code := command(t, nil, append([]string{"nAmE"}, strings.Fields(args)...)...)
 		first, rest, _ := strings.Cut(stdout, "\n")
-		if first != "nAmE (libvirt) 9.0.0" || !strings.HasPrefix(rest, "virtlockd (Go) ") || strings.Count(rest, "\n") != 1 || stderr != "" || code != 0 {
+		if first != "nAmE (libvirt) 9.0.0" || !strings.HasPrefix(rest, "virtlockd (Go) ") || !strings.HasSuffix(rest, "\nstate file version 1\n") || strings.Count(rest, "\n") != 2 || stderr != "" || code != 0 {
 			t.Errorf("%s: exit code %d\n%s%s", args, code, stdout, stderr)
 		}
 	}
@@ -181,7 +181,7 @@ func TestBuildSettings(t *testing.T) {
 		t.Fatalf("%s: %v\n%s", line, err, out)
 	}
 	version, err := exec.Command(dir+"/virtlockd", "-V").Output()
-	if want := dir + "/virtlockd (libvirt) 10.3.2\nvirtlockd (Go) 7.8 (c0ffee)\n"; err != nil || string(version) != want {
+	if want := dir + "/virtlockd (libvirt) 10.3.2\nvirtlockd (Go) 7.8 (c0ffee)\nstate file version 1\n"; err != nil || string(version) != want {
 		t.Errorf("version %q, %v; want %q", version, err, want)
 	}
 	help, err := exec.Command(dir+"/virtlockd", "-h").CombinedOutput()

@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -60,6 +61,10 @@ func findLegacy(p paths) legacy {
 		looked.Go(func() { l.inherited = findInherited() })
 		l.snapshot, l.problems, err = state.Decode(data, int32(os.Getpid()))
 		looked.Wait()
+		if err == nil && l.snapshot.Began != 0 && l.snapshot.Began != began() {
+			l.snapshot, l.problems = nil, nil
+			err = errors.New("it is of an earlier process that had the same process id")
+		}
 	}
 	if err == nil {
 		keepFromChildren()
@@ -73,6 +78,18 @@ func findLegacy(p paths) legacy {
 	l.served = l.snapshot != nil || ownSockets(p)
 	return l
 }
+
+// began returns when this process started, in clock ticks after boot, 0 if that is not known.
+var began = sync.OnceValue(func() uint64 {
+	stat, err := os.ReadFile("/proc/self/stat")
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	const starttime = 22 - 3 // proc_pid_stat(5); the first field here is the third
+	if err != nil || len(fields) <= starttime {
+		return 0
+	}
+	ticks, _ := strconv.ParseUint(fields[starttime], 10, 64) // 0 with an error
+	return ticks
+})
 
 // lives tells whether there is a process with that number.
 func lives(pid string) bool {
@@ -128,7 +145,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	start := time.Now()
 	d.strays = d.strays || len(problems) > 0
 	for _, p := range problems {
-		d.log.Error("live upgrade: the state file has a fault", "fault", p.String(), "descriptors", p.FDs)
+		d.log.Error(d.cause+"the state file has a fault", "fault", p.String(), "descriptors", p.FDs)
 	}
 	if s.StartTime != 0 {
 		d.startTime = s.StartTime
@@ -146,7 +163,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	both.Wait()
 	for i, o := range owners {
 		if endedMeanwhile(s, &s.Owners[i], o) {
-			d.log.Info("live upgrade: a guest has ended meanwhile, its locks are released", "", o.Details())
+			d.log.Info(d.cause+"a guest has ended meanwhile, its locks are released", "", o.Details())
 			d.table.ReleaseOwner(o)
 		}
 		o.Release()
@@ -210,7 +227,7 @@ func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
 	for i := range s.Owners {
 		from := s.Owners[i]
 		if from.PIDFD != state.NoFD && !d.left.inherited.has(int(from.PIDFD)) {
-			d.log.Error("live upgrade: whoever has the process id of an owner now is watched in its place, and never killed", "pid", from.PID, "error", notInherited(from.PIDFD))
+			d.log.Error(d.cause+"whoever has the process id of an owner now is watched in its place, and never killed", "pid", from.PID, "error", notInherited(from.PIDFD))
 			from.PIDFD, from.Kind = state.NoFD, min(from.Kind, state.Watched)
 			d.strays = true
 		}
@@ -220,14 +237,14 @@ func (d *daemon) adoptOwners(s *state.Snapshot) []*owner.Owner {
 			d.left.inherited.taken(int(pidfd))
 		}
 		if err != nil {
-			d.log.Error("live upgrade: the end of an owner can't be noticed, its locks are kept until they are released", "error", err)
+			d.log.Error(d.cause+"the end of an owner can't be noticed, its locks are kept until they are released", "error", err)
 			from.Kind, from.PIDFD = state.Unverified, state.NoFD
 			if o, err = d.owners.Adopt(&from); err != nil {
 				panic(err) // a number can't fail
 			}
 		}
 		if from.Kind == state.Unknown && from.PID > 0 && o.Kind() == owner.Unverified {
-			d.log.Warn("live upgrade: locks are held for a process that there is not; they are kept until they are released", "pid", from.PID)
+			d.log.Warn(d.cause+"locks are held for a process that there is not; they are kept until they are released", "pid", from.PID)
 		}
 		owners[i] = o
 	}
@@ -284,7 +301,7 @@ func (d *daemon) inheritLocks(s *state.Snapshot) (*filelock.Takeover, []heir) {
 	heirs := make([]heir, 0, countLocks(s))
 	add := func(dir string, rs []state.Resource, cell uint32) {
 		if err := d.table.Restore(dir, len(rs), cell); err != nil {
-			d.log.Error("live upgrade: a lockspace is not kept", "error", err)
+			d.log.Error(d.cause+"a lockspace is not kept", "error", err)
 			return
 		}
 		for i := range rs {
@@ -354,22 +371,26 @@ func (d *daemon) adoptLock(h *heir, owners []*owner.Owner) bool {
 		d.log.Log(context.Background(), level, text, append(args, more...)...)
 	}
 	if h.lock == nil {
-		tell(slog.LevelError, "live upgrade: a lock is not kept: its descriptor can't be used and its file can't be locked anew; stop the guest or make sure that nobody else uses the disk", "error", h.err)
+		tell(slog.LevelError, d.cause+"a lock is not kept: its descriptor can't be used and its file can't be locked anew; stop the guest or make sure that nobody else uses the disk", "error", h.err)
 		return false
 	}
 	if h.err != nil {
-		tell(slog.LevelError, "live upgrade: the descriptor of a lock can't be used, so its file was locked anew", "error", h.err)
+		tell(slog.LevelError, d.cause+"the descriptor of a lock can't be used, so its file was locked anew", "error", h.err)
 	}
 	rivals, err := d.table.Adopt(h.dir, h.res, holders, h.lock)
 	if err != nil {
-		tell(slog.LevelError, "live upgrade: a lock is kept, but nobody can release it", "error", err)
+		tell(slog.LevelError, d.cause+"a lock is kept, but nobody can release it", "error", err)
 		return false
 	}
 	for _, rival := range rivals {
 		tell(slog.LevelError, "two guests own one file under different names: the binary before this one let them; stop one of them",
 			"other", rival.Details().Name, "other_uuid", rival.Details().UUIDString(), "other_pid", rival.PID)
 	}
-	if h.err == nil {
+	switch {
+	case h.err != nil:
+	case h.found == filelock.Weakened && h.lock.Remote():
+		tell(slog.LevelWarn, d.cause+"somebody else took a shared lock while this one was converted; its disk may hang, so it stays shared until it is released")
+	default:
 		d.tellFinding(h.res.Path, holders[0], h.found)
 	}
 	return true
@@ -380,11 +401,11 @@ func (d *daemon) tellFinding(path string, holder *owner.Owner, found filelock.Fi
 	args := []any{"path", path, "", holder.Details()}
 	switch found {
 	case filelock.Regained:
-		d.log.Error("live upgrade: a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known", args...)
+		d.log.Error(d.cause+"a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known", args...)
 	case filelock.Lost:
-		d.log.Error("live upgrade: a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two", args...)
+		d.log.Error(d.cause+"a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two", args...)
 	case filelock.Weakened:
-		d.log.Warn("live upgrade: somebody else took a shared lock while this one was converted; it is tried until it is exclusive again", args...)
+		d.log.Warn(d.cause+"somebody else took a shared lock while this one was converted; it is tried until it is exclusive again", args...)
 	}
 }
 
@@ -464,7 +485,7 @@ func sideBySide[T any](all []T, do func(part []T)) {
 func (d *daemon) adoptClient(server *rpc.Server, c *state.Client, owners []*owner.Owner) bool {
 	fd := int(c.FD)
 	if !d.left.inherited.has(fd) {
-		d.log.Error("live upgrade: a client is not kept", "client", c.ID, "server", server.Name(), "error", notInherited(c.FD))
+		d.log.Error(d.cause+"a client is not kept", "client", c.ID, "server", server.Name(), "error", notInherited(c.FD))
 		return false
 	}
 	err := server.Adopt(c, func(client *rpc.Client) error {
@@ -472,7 +493,7 @@ func (d *daemon) adoptClient(server *rpc.Server, c *state.Client, owners []*owne
 			return nil
 		}
 		if err := d.locks.Restore(client, c, owners); err != nil {
-			d.log.Warn("live upgrade: a connection is kept, but its end does not tell that of the guest", "error", err)
+			d.log.Warn(d.cause+"a connection is kept, but its end does not tell that of the guest", "error", err)
 		}
 		return nil
 	})
@@ -480,7 +501,7 @@ func (d *daemon) adoptClient(server *rpc.Server, c *state.Client, owners []*owne
 		d.left.inherited.taken(fd)
 		return true
 	}
-	d.log.Error("live upgrade: a client is not kept; its connection is closed", "error", err)
+	d.log.Error(d.cause+"a client is not kept; its connection is closed", "error", err)
 	// Only a connected socket can be shut down: nothing else is ever closed by mistake.
 	if unix.Shutdown(fd, unix.SHUT_RDWR) == nil {
 		d.left.inherited.taken(fd)
@@ -495,7 +516,7 @@ func (d *daemon) adoptSettings(s *state.Snapshot) {
 		d.idle.setTimeout(time.Duration(*s.Timeout) * time.Second)
 	}
 	if err := d.restoreLogSettings(s); err != nil {
-		d.log.Error("live upgrade: log settings made at run time are not kept", "error", err)
+		d.log.Error(d.cause+"log settings made at run time are not kept", "error", err)
 	}
 }
 
@@ -520,7 +541,7 @@ func (d *daemon) adoptListeners(s *state.Snapshot, passed []systemd.Descriptor) 
 		}
 		var err error
 		if *l.to, err = bindSocket(l.path); err != nil {
-			d.log.Error("live upgrade: a socket can't be served, new clients have to wait for a restart; locks are kept", "path", l.path, "error", err)
+			d.log.Error(d.cause+"a socket can't be served, new clients have to wait for a restart; locks are kept", "path", l.path, "error", err)
 		}
 	}
 }
@@ -538,7 +559,7 @@ func (d *daemon) inheritSocket(s *state.Server) (out *socket) {
 				err = fmt.Errorf("path %q: there is one already, and no more are served; set one ListenStream= in each socket unit", one.path)
 			}
 			if err != nil {
-				d.log.Error("live upgrade: a listening socket is not kept", "descriptor", from.FD, "error", err)
+				d.log.Error(d.cause+"a listening socket is not kept", "descriptor", from.FD, "error", err)
 				continue
 			}
 			out = one
@@ -590,10 +611,10 @@ func (d *daemon) adoptPIDFile(s *state.Snapshot) {
 			d.left.inherited.taken(int(s.PIDFile))
 			return
 		}
-		d.log.Error("live upgrade: the pid file is locked anew", "error", err)
+		d.log.Error(d.cause+"the pid file is locked anew", "error", err)
 	}
 	if d.pidFile, err = pidfile.Acquire(path); err != nil {
-		d.log.Error("live upgrade: the pid file is not ours; locks are kept", "error", err)
+		d.log.Error(d.cause+"the pid file is not ours; locks are kept", "error", err)
 	}
 }
 
@@ -607,7 +628,7 @@ func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
 	case s.Vault == state.NoFD:
 		return nil
 	case !d.left.inherited.has(int(s.Vault)):
-		d.log.Error("live upgrade: the vault is made anew", "error", notInherited(s.Vault))
+		d.log.Error(d.cause+"the vault is made anew", "error", notInherited(s.Vault))
 		return nil
 	default:
 		var err error
@@ -615,7 +636,7 @@ func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
 			strays, err = v.Claim(cellsOf(s))
 		}
 		if err != nil {
-			d.log.Error("live upgrade: the vault is made anew", "error", err)
+			d.log.Error(d.cause+"the vault is made anew", "error", err)
 			return nil
 		}
 		d.left.inherited.taken(int(s.Vault))
@@ -667,11 +688,11 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 				unix.Close(fd)
 			}
 		case f.Err != nil:
-			d.log.Error("live upgrade: something in the vault is not understood; it stays there", "cell", f.Cell.Index(), "error", f.Err)
+			d.log.Error(d.cause+"something in the vault is not understood; it stays there", "cell", f.Cell.Index(), "error", f.Err)
 		case worker != 0:
 			returnAfter(v, f.Cell, worker)
 		default:
-			d.log.Error("live upgrade: something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
+			d.log.Error(d.cause+"something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
 		}
 	}
 }
@@ -689,7 +710,7 @@ func (d *daemon) adoptPoller(s *state.Snapshot) (*poll.Poller, error) {
 			return p, nil
 		}
 	}
-	d.log.Error("live upgrade: the epoll set is made anew", "error", err)
+	d.log.Error(d.cause+"the epoll set is made anew", "error", err)
 	d.strays = true
 	return poll.New()
 }

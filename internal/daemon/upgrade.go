@@ -87,6 +87,7 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 		return nil
 	}
 	d.followConfig(settings)
+	began() // is known from here on
 	next.room = touched(state.Room(d.lock.Count(), d.table.Held()))
 	return next
 }
@@ -238,7 +239,7 @@ func (d *daemon) findBinary() (string, error) {
 }
 
 // ask runs the binary with --version and tells which daemon it is: only one that can say that much is
-// given the locks. Ours has a second line.
+// given the locks. Ours has a second line, and a third one that tells what state file it reads.
 func ask(ctx context.Context, path string) (state.Reader, error) {
 	fail := func(err error) (state.Reader, error) {
 		return 0, fmt.Errorf("the program %s is not fit to go on with: %w", path, err)
@@ -269,6 +270,10 @@ func ask(ctx context.Context, path string) (state.Reader, error) {
 		return fail(fmt.Errorf("asked for --version it says '%.80s'", bytes.TrimSpace(answer.b)))
 	}
 	if lines.Scan() && strings.HasPrefix(lines.Text(), buildinfo.Product) {
+		lines.Scan() // else the text is empty
+		if err := readsOurs(lines.Text()); err != nil {
+			return fail(err)
+		}
 		return state.Ours, nil
 	}
 	return state.C, nil
@@ -366,7 +371,7 @@ var errBusy = errors.New("and the upgrade would wait too; try again when that ha
 // snapshot puts together what every part says of itself. Everything is frozen.
 func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	s := d.settings()
-	s.PID = int32(os.Getpid())
+	s.PID, s.Began = int32(os.Getpid()), began()
 	s.Upgrades++
 	if v := d.safety.vault; v != nil {
 		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()

@@ -12,9 +12,9 @@ import (
 	"strings"
 )
 
-// version of the keys that only our own daemon writes. It rises when an older one would
+// Version of the keys that only our own daemon writes. It rises when an older one would
 // misread them; keys that are merely new do not count.
-const version = 1
+const Version = 1
 
 // extra is the key of what the C daemon has no place for.
 const extra = "virtlockd-go"
@@ -1126,7 +1126,7 @@ func (d *decoder) enroll(s *space, p *pending) {
 
 var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
 	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen", "epoll",
-	"recoveries", "vault", "cell", "configuredClients", "configuredAdminClients"}
+	"recoveries", "vault", "cell", "configuredClients", "configuredAdminClients", "began"}
 
 const (
 	extraLog      = 6 // the first of the log settings
@@ -1139,8 +1139,8 @@ func (d *decoder) extra() {
 	seen, ok := d.object(extraKeys, func(k int) {
 		switch extraKeys[k] {
 		case "version":
-			if v := d.u32(version); v > version {
-				d.kept(Foreign, fmt.Sprintf("written by a newer virtlockd with version %d of its keys, we know %d; read as far as we know them", v, version))
+			if v := d.u32(Version); v > Version {
+				d.kept(Foreign, fmt.Sprintf("written by a newer virtlockd with version %d of its keys, we know %d; read as far as we know them", v, Version))
 			}
 		case "startTime":
 			_, n := d.integer(0, math.MaxInt64, 0)
@@ -1174,6 +1174,8 @@ func (d *decoder) extra() {
 			d.snap.Vault = d.ownFD()
 		case "cell":
 			d.snap.Cell = d.u32(0)
+		case "began":
+			d.snap.Began = d.u64()
 		case "startDir":
 			d.name(&dir)
 		case "startDirBytes":

@@ -308,7 +308,8 @@ func (e *encoder) rest(s *Snapshot) {
 
 func (e *encoder) extras(s *Snapshot) {
 	end := e.extra()
-	e.uint("version", version)
+	e.uint("version", Version)
+	e.some("began", s.Began)
 	if s.StartTime != 0 {
 		e.int("startTime", s.StartTime)
 	}

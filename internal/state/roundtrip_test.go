@@ -60,6 +60,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 		s := &Snapshot{
 			PID:       rapid.Int32Range(1, math.MaxInt32).Draw(t, "pid"),
 			StartTime: rapid.Int64Min(0).Draw(t, "start"),
+			Began:     rapid.Uint64().Draw(t, "began"),
 			Upgrades:  rapid.Uint64().Draw(t, "upgrades"), Recoveries: rapid.Uint64().Draw(t, "recoveries"),
 			Cell:       rapid.Uint32().Draw(t, "cell"),
 			Configured: [2]uint32{rapid.Uint32().Draw(t, "clients"), rapid.Uint32().Draw(t, "admin clients")},

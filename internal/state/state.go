@@ -46,6 +46,9 @@ type Snapshot struct {
 
 	// From here on only our own daemon writes and reads it.
 
+	// Began is when the process started, in clock ticks after boot as in proc_pid_stat(5), which exec keeps, too: where process ids
+	// are small, as in a container, another one had the same. 0: not known.
+	Began      uint64
 	StartTime  int64  // of the first daemon, ns since the epoch; 0: not known
 	Upgrades   uint64 // how many binaries have handed over
 	Recoveries uint64 // how many processes have taken over from one that had died

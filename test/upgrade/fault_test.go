@@ -83,6 +83,8 @@ var faults = []fault{
 		cause: program(script(version+"sleep 8 & exec sleep 7"), 0o755)},
 	{name: "endless", said: "it did not answer --version within 5s", slow: true, cause: program(script("exec yes"), 0o755)},
 	{name: "garbage", said: "it says 'ELF?'", cause: program(script("echo ELF?"), 0o755)},
+	{name: "with an older state file", said: `it reads version \"0\" of our state file, this one writes version 1`,
+		cause: program(script(version+"echo state file version 0"), 0o755)},
 	{name: "silent", said: "it says ''", cause: program(script("exit 0"), 0o755)},
 	{name: "failing", said: "exit status 3", cause: program(script(version+"exit 3"), 0o755)},
 	{name: "gone when it is to run", said: "cannot run " + link + ": execve: no such file or directory",

@@ -47,8 +47,12 @@ type handed struct {
 
 // damages are what can be wrong, by name.
 var damages = map[string]func(h *handed) error{
-	"nothing":           func(*handed) error { return nil },
-	"magic":             func(h *handed) error { h.state["magic"] = "99999999"; return nil },
+	"nothing": func(*handed) error { return nil },
+	"magic":   func(h *handed) error { h.state["magic"] = "99999999"; return nil },
+	"earlier process": func(h *handed) error {
+		h.state["virtlockd-go"] = object{"version": 1, "began": 1}
+		return nil
+	},
 	"no magic":          func(h *handed) error { delete(h.state, "magic"); return nil },
 	"broken JSON":       func(h *handed) error { h.text = []byte(`{"magic":`); return nil },
 	"empty file":        func(h *handed) error { h.text = []byte{}; return nil },
@@ -330,6 +334,7 @@ func TestFaultyState(t *testing.T) {
 		"no admin server and odd keys":          {clients: all, locks: []bool{true, true, true}, said: "next_client_id"},
 		"no lockspaces":                         {clients: all, locks: []bool{true, true, true}, said: "lockspaces"},
 		"magic":                                 {clients: none, locks: []bool{false, false, false}, said: `the state file is of process \"99999999\"`},
+		"earlier process":                       {clients: none, locks: []bool{false, false, false}, said: "an earlier process that had the same process id"},
 		"no magic":                              {clients: none, locks: []bool{false, false, false}, said: "does not say which process"},
 		"broken JSON":                           {clients: none, locks: []bool{false, false, false}, said: "of no use"},
 		"empty file":                            {clients: none, locks: []bool{false, false, false}, said: "of no use"},
