@@ -134,6 +134,7 @@ func (t *Takeover) Ours(path string, fd int, mode Mode, file state.File) (*Lock,
 	case info.id != id:
 		return fail(fmt.Errorf("it is file %d:%d, not %d:%d", info.id.Dev, info.id.Ino, id.Dev, id.Ino))
 	}
+	l.gap()
 	return l, nil
 }
 
@@ -143,7 +144,6 @@ func (l *Lock) Confirm() Finding {
 	if l.mount != "" {
 		return Kept // in a cell, where to ask could hang
 	}
-	l.gap()
 	var fl unix.Flock_t
 	if setLock(&fl, int(l.fd), unix.F_OFD_SETLK, lockType(l.mode)) == 0 {
 		return Kept
