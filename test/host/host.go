@@ -19,6 +19,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -213,6 +214,12 @@ func (h *Host) WriteFile(path, content string, mode os.FileMode) {
 	h.Must(func() error {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
+		}
+		if mode&0o111 != 0 {
+			// A process that another test starts meanwhile would have the file open for writing until it executes
+			// its own program, and so long this one could not be executed (ETXTBSY).
+			syscall.ForkLock.RLock()
+			defer syscall.ForkLock.RUnlock()
 		}
 		if err := os.WriteFile(path, []byte(content), mode); err != nil {
 			return err

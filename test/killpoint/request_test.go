@@ -127,6 +127,7 @@ func TestRequest(t *testing.T) {
 func (s *stage) round(r request, at int, usual []Point, before int) (points []Point, pid int) {
 	t := s.t
 	t.Helper()
+	s.nextGuest()
 	var c *wire.Conn
 	args := r.args
 	if r.unregistered {

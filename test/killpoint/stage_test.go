@@ -48,6 +48,23 @@ func (s *stage) populate() {
 	}
 }
 
+// nextGuest lets another guest take the part of the last one. When the daemon notices that a connection of that was closed is not known,
+// and if the guest held a lock then, it would be ended.
+func (s *stage) nextGuest() {
+	s.t.Helper()
+	s.mustLive()
+	s.guest.Kill()
+	s.guest = s.Spawn(host.ProcessOptions{})
+}
+
+// mustLive checks that the guest was not ended.
+func (s *stage) mustLive() {
+	s.t.Helper()
+	if s.guest.Dead() {
+		s.t.Error("the guest was ended, as one that had hung up")
+	}
+}
+
 // client is a connection of the guest.
 func (s *stage) client() *wire.Conn {
 	s.t.Helper()
@@ -76,9 +93,7 @@ func (s *stage) holds(when string) {
 func (s *stage) end() {
 	t := s.t
 	t.Helper()
-	if s.guest.Dead() {
-		t.Error("the guest was ended, as one that had hung up")
-	}
+	s.mustLive()
 	must(t, s.bystand.Release("", witness))
 	must(t, s.bystand.Release("", shared))
 	for _, w := range s.waiters {

@@ -64,6 +64,7 @@ func TestUmount(t *testing.T) {
 		}},
 	} {
 		for _, flags := range []uint32{0, wire.Shared} {
+			s.nextGuest()
 			c := locked(s.guest, flags)
 			tt.end(c)
 			if err := umount(); err != nil {
