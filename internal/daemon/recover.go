@@ -76,13 +76,16 @@ func (d *daemon) recoverVault(root int) (*recovery, error) {
 			Admin:   &state.Server{KeepaliveInterval: ^uint32(0)},
 		},
 	}
-	// Settings first, everything else goes into their snapshot; clients before the holds that they have acquired.
+	// Settings first, everything else goes into their snapshot; clients before the holds that they have acquired; last what counts
+	// only if there is nothing else of its resource.
 	order := func(f vault.Found) int {
 		switch {
 		case f.Daemon != nil:
 			return 0
 		case f.Client != nil:
 			return 1
+		case f.Hold != nil && giving(f.Cell):
+			return 3
 		}
 		return 2
 	}
@@ -224,13 +227,26 @@ func (r *recovery) client(f *vault.Found) error {
 	return nil
 }
 
+// giving tells whether a hold's cell is given up, or will be if the hold lies in another one, too.
+func giving(c *vault.Cell) bool {
+	word := c.Word().Load()
+	return word == vault.Moving || vault.Releaser(word) != 0
+}
+
 // hold takes one hold of a resource over.
 func (r *recovery) hold(f *vault.Found) error {
+	h := f.Hold
+	word := f.Cell.Word().Load()
+	worker := vault.Releaser(word)
+	if worker != 0 && r.resources[resourceKey{h.Lockspace, h.Name}] != nil {
+		// What it releases is the last of a lock that another one has replaced.
+		returnAfter(r.vault, f.Cell, worker)
+		return nil
+	}
 	fds, err := f.Descriptors()
 	if err != nil {
 		return err
 	}
-	h := f.Hold
 	cell := f.Cell.Index()
 	r.snapshot.Lock.NextClientID = max(r.snapshot.Lock.NextClientID, h.Client+1)
 	if f.HasPIDFD() {
@@ -254,22 +270,34 @@ func (r *recovery) hold(f *vault.Found) error {
 	for _, fd := range fds { // the same open file description again
 		unix.Close(fd)
 	}
-	word := f.Cell.Word().Load()
 	h.Owner.Stopped = word == vault.Stopped
+	moved := word == vault.Moving && r.holds(res, h)
 	res.Owners = append(res.Owners, r.owner(h.Owner))
 	res.Cells = append(res.Cells, cell)
 	res.Since = append(res.Since, h.Since)
 
 	p, known := r.progress[h.Client]
-	switch worker := vault.Worker(word); {
-	case worker != 0 && len(res.Cells) == 1:
+	switch {
+	case worker != 0:
 		r.unsettled = append(r.unsettled, unsettled{key, cell, worker, "a worker process may still work on it"})
+	case moved:
+		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "another lock on the file has taken its place"})
 	case word == vault.Releasing:
 		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "it was being released"})
 	case known && p.Request == h.Request && !p.Idle && !p.Replying:
 		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "whoever asked for it was not answered"})
 	}
 	return nil
+}
+
+// holds tells whether a hold is among those of a resource that were taken over.
+func (r *recovery) holds(res *state.Resource, h *vault.Hold) bool {
+	for i, at := range res.Owners {
+		if res.Since[i] == h.Since && r.snapshot.Owners[at].PID == h.Owner.PID {
+			return true
+		}
+	}
+	return false
 }
 
 // complete puts what was found into the snapshot.
@@ -310,7 +338,7 @@ func (d *daemon) settleRecovery(r *recovery) {
 	for _, u := range r.unsettled {
 		d.log.Info("recovery: a hold is given up", "lockspace", u.lockspace, "resource", u.name, "reason", u.why)
 		if u.worker != 0 {
-			d.table.ReleaseAfter(u.lockspace, u.name, func() { filelock.AwaitWorker(u.worker) })
+			d.table.ReleaseAfter(u.lockspace, u.name, u.cell, func() { filelock.AwaitWorker(u.worker) })
 			continue
 		}
 		if err := d.table.ReleaseStored(u.lockspace, u.name, u.cell); err != nil {
@@ -327,9 +355,7 @@ func (d *daemon) settleRecovery(r *recovery) {
 func returnAfter(v *vault.Vault, cell *vault.Cell, worker int) {
 	go func() {
 		filelock.AwaitWorker(worker)
-		if v.Cell(cell.Index()) == cell { // else the vault was given up meanwhile, and the descriptor is somebody else's
-			v.Release(cell)
-		}
+		v.Release(cell)
 	}()
 }
 

@@ -175,7 +175,11 @@ func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 	p.files.working(o, mount, w.pid)
 	defer p.files.working(o, mount, 0)
 	if r.busy != nil {
-		r.busy.Store(vault.Busy(w.pid))
+		if r.op == workShare {
+			r.busy.Store(vault.Filling(w.pid))
+		} else {
+			r.busy.Store(vault.Busy(w.pid))
+		}
 	}
 	err := sendMessage(w.control, appendRequest(o.buf[:0], r), r.fds...)
 	for err == nil {

@@ -14,6 +14,9 @@ import (
 // errPOSIX says why a lock cannot be stored.
 var errPOSIX = errors.New("a POSIX record lock ends with the process: its file system or kernel refuses better ones")
 
+// errGivenUp says why a lock that took long to store is not.
+var errGivenUp = errors.New("the vault was given up meanwhile")
+
 // Store puts the locked file into a cell, with the record of a hold that lacks only what the file is, and the owner's
 // pidfd if it is not state.NoFD: the lock then lives as long as the cell. A lock has one cell for each hold.
 func (l *Lock) Store(cell *vault.Cell, record []byte, pidfd int32) error {
@@ -36,6 +39,9 @@ func (l *Lock) Store(cell *vault.Cell, record []byte, pidfd int32) error {
 		return &Error{OpStore, l.path, err}
 	}
 	if l.private {
+		if cell.FD() < 0 {
+			return &Error{OpStore, l.path, errGivenUp}
+		}
 		unix.Close(int(l.fd)) // not the last reference to the file
 		l.fd, l.private = int32(cell.FD()), false
 	}
@@ -84,6 +90,10 @@ func (l *Lock) LiesIn(cell *vault.Cell) {
 	}
 	l.fd, l.private = int32(cell.FD()), false
 }
+
+// Doubt says that the kernel may have given the lock to somebody else, since it was being released in a process that died. Release then
+// removes no lease file without a look at that.
+func (l *Lock) Doubt() { l.mode = Shared }
 
 // LeaveCell moves the file of a remote lock to a cell of its own, if it lies in that of a hold, which is about to be closed.
 func (l *Lock) LeaveCell() error {

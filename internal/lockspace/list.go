@@ -194,6 +194,9 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 	var last *vault.Cell
 	for i := range r.holders {
 		h := &r.holders[i]
+		if h.cell != nil {
+			h.cell.Word().Store(vault.Moving)
+		}
 		cell := t.store(r, h.owner, vault.Origin{}, h.since)
 		if cell != nil && h.cell != nil {
 			h.cell.Word().Store(vault.Releasing) // in a crash, one of the two counts

@@ -159,24 +159,33 @@ func (t *Table) cell(index uint32) *vault.Cell {
 // ReleaseStored gives up the hold that is stored in a cell, if there still is one: its acquisition was never answered, or
 // its release was under way, in a process that died. It may block.
 func (t *Table) ReleaseStored(lockspace, name string, cell uint32) error {
+	t.mu.Lock()
+	if s := t.spaces[lockspace]; s != nil && s.resources[name] != nil {
+		if r := s.resources[name]; r.phase == held && len(r.holders) == 1 {
+			r.lock.Doubt()
+		}
+	}
+	t.mu.Unlock()
 	return t.releaseOne(&Request{Lockspace: lockspace, Resource: name}, events.ClientGone, func(r *resource) int {
 		return slices.IndexFunc(r.holders, func(h hold) bool { return h.cell.Index() == cell })
 	})
 }
 
 // ReleaseAfter is ReleaseStored for a hold that a worker process of the process that died may still work on: nobody else touches
-// the resource until wait returns. The resource has no other hold.
-func (t *Table) ReleaseAfter(lockspace, name string, wait func()) {
+// the resource until wait returns. It must be the only one; a resource that has others is left alone.
+func (t *Table) ReleaseAfter(lockspace, name string, cell uint32, wait func()) {
 	t.mu.Lock()
 	s := t.spaces[lockspace]
-	if s == nil || s.resources[name] == nil || s.resources[name].phase != held {
+	var r *resource
+	if s != nil {
+		r = s.resources[name]
+	}
+	if r == nil || r.phase != held || len(r.holders) != 1 || r.holders[0].cell.Index() != cell {
 		t.mu.Unlock()
 		return
 	}
-	r := s.resources[name]
-	for len(r.holders) > 0 {
-		t.dropHolder(r, 0, events.ClientGone)
-	}
+	r.lock.Doubt()
+	t.dropHolder(r, 0, events.ClientGone)
 	t.begin(r, releasing)
 	t.mu.Unlock()
 	go func() {
@@ -189,12 +198,20 @@ func (t *Table) ReleaseAfter(lockspace, name string, wait func()) {
 // frozen, or not used yet. Files on disks that may hang are moved to cells of their own; if that is not possible, everything stays
 // as it was.
 func (t *Table) LeaveVault() error {
+	var left []*resource // that have left their cells, and would have to go back
 	for _, s := range t.spaces {
 		for _, r := range s.resources {
-			if r.lock != nil && r.lock.Remote() {
-				if err := r.lock.LeaveCell(); err != nil {
-					return err
+			if r.lock == nil || !r.lock.Remote() {
+				continue
+			}
+			if err := r.lock.LeaveCell(); err != nil {
+				for _, moved := range left {
+					moved.lock.LiesIn(moved.holders[0].cell)
 				}
+				return err
+			}
+			if len(r.holders) > 0 && r.holders[0].cell != nil {
+				left = append(left, r)
 			}
 		}
 	}

@@ -25,8 +25,8 @@ func (c *Client) Request() uint64 { return c.request }
 
 // phase notes how far a request has come. It is called before what it announces, or after what it says is over.
 func (c *Client) phase(request, phase uint64) {
-	if c.cell != nil {
-		c.cell.Word().Store(request<<phaseBits | phase)
+	if cell := c.cell; cell != nil { // which LeaveVault takes away from one that hangs
+		cell.Word().Store(request<<phaseBits | phase)
 	}
 }
 
@@ -105,8 +105,8 @@ func (s *Server) LeaveVault() {
 
 // unkeep takes the connection out of the vault, so that the peer sees its end when we close it.
 func (c *Client) unkeep() {
-	if c.cell != nil {
-		c.server.vault.Load().Release(c.cell)
+	if cell := c.cell; cell != nil {
+		c.server.vault.Load().Release(cell)
 		c.cell = nil
 	}
 }

@@ -19,13 +19,20 @@ import (
 //
 // A Cell has one user at a time. It is not closed by the garbage collector.
 type Cell struct {
-	fd    int32
+	fd    atomic.Int32
 	index uint32         // in its vault; 0: it belongs to none
 	word  *atomic.Uint64 // in memory that outlives the process; nil: it belongs to no vault
 }
 
-// FD returns the socket's descriptor, to be passed to a worker process. It stays the cell's.
-func (c *Cell) FD() int { return int(c.fd) }
+// FD returns the socket's descriptor, to be passed to a worker process. It stays the cell's. -1: the cell is closed, be it with the vault that
+// it belonged to; whoever still uses it then finds that nothing can be done with it.
+func (c *Cell) FD() int { return int(c.fd.Load()) }
+
+func newCell(fd int, index uint32) *Cell {
+	c := &Cell{index: index}
+	c.fd.Store(int32(fd))
+	return c
+}
 
 // Index names the cell within its vault, from 1. 0: it belongs to none.
 func (c *Cell) Index() uint32 {
@@ -36,7 +43,7 @@ func (c *Cell) Index() uint32 {
 }
 
 // Word is a number beside the cell that outlives the process like what is in it. What it means is the business
-// of whoever uses the cell: of a hold's, see Releasing, Stopped and Busy. nil: the cell belongs to no vault.
+// of whoever uses the cell: of a hold's, see Releasing, Stopped, Moving, Busy and Filling. nil: the cell belongs to no vault.
 func (c *Cell) Word() *atomic.Uint64 { return c.word }
 
 // Releasing is the word of a hold that is being released: whoever finds it after a crash goes on with that.
@@ -45,15 +52,34 @@ const Releasing = 1
 // Stopped is the word of a hold whose owner the daemon has stopped, because a lock was lost.
 const Stopped = 3
 
-// busy marks the word of a hold that a worker process works on.
-const busy = 2
+// Moving is the word of a hold that is being stored once more, with another lock on its file. Whoever finds both after a crash
+// releases this one.
+const Moving = 5
 
-// Busy is the word of a hold's cell that the worker process pid works on. Until that has ended, it may still do so, also
-// after the daemon's end.
+// What a worker process does is in the low bits of the word, beside its number.
+const (
+	busy    = 2
+	filling = 4
+)
+
+// Busy is the word of a hold that the worker process pid releases, with the last lock on its file. Until that process has ended, it may
+// still do so, also after the daemon's end.
 func Busy(pid int) uint64 { return uint64(pid)<<8 | busy }
+
+// Filling is the word of a cell that the worker process pid puts a hold into. Until that process has ended, it may still do so. Where a
+// record lies in the cell, it has: it has nothing more to do there.
+func Filling(pid int) uint64 { return uint64(pid)<<8 | filling }
 
 // Worker returns the worker process that may still work on a hold's cell, by the cell's word; 0: none.
 func Worker(word uint64) int {
+	if word&0xff == filling {
+		return int(word >> 8)
+	}
+	return Releaser(word)
+}
+
+// Releaser is Worker for one that releases the hold.
+func Releaser(word uint64) int {
 	if word&0xff != busy {
 		return 0
 	}
@@ -77,19 +103,19 @@ func NewCell() (*Cell, error) {
 		unix.Close(fd)
 		return nil, os.NewSyscallError("connect a socket to itself", err)
 	}
-	return &Cell{fd: int32(fd)}, nil
+	return newCell(fd, 0), nil
 }
 
 // At returns the cell whose socket is fd, which was handed over by somebody who still owns it. It belongs to no vault.
-func At(fd int) *Cell { return &Cell{fd: int32(fd)} }
+func At(fd int) *Cell { return newCell(fd, 0) }
 
 // Close closes a cell that belongs to no vault, and so what lies in it.
-func (c *Cell) Close() { unix.Close(int(c.fd)) }
+func (c *Cell) Close() { unix.Close(int(c.fd.Swap(-1))) }
 
 // Put adds a message: a record, which is not empty, and up to MaxFDs descriptors, of which the cell gets copies. It does
 // not block.
 func (c *Cell) Put(record []byte, fds ...int) error {
-	if errno := send(int(c.fd), record, fds); errno != 0 {
+	if errno := send(c.FD(), record, fds); errno != 0 {
 		return putError(errno)
 	}
 	return nil
@@ -114,7 +140,7 @@ func (c *Cell) Drop() bool {
 	vec := unix.Iovec{Base: &b[0], Len: 1}
 	hdr := unix.Msghdr{Iov: &vec, Iovlen: 1}
 	for {
-		_, _, errno := unix.Syscall(unix.SYS_RECVMSG, uintptr(c.fd), uintptr(unsafe.Pointer(&hdr)), unix.MSG_DONTWAIT)
+		_, _, errno := unix.Syscall(unix.SYS_RECVMSG, uintptr(c.FD()), uintptr(unsafe.Pointer(&hdr)), unix.MSG_DONTWAIT)
 		if errno != unix.EINTR {
 			return errno == 0
 		}
@@ -161,7 +187,7 @@ func (c *Cell) first(n int) ([]int, error) {
 	var b [1]byte
 	// No room for more than n: the kernel installs what there is room for.
 	oob := make([]byte, unix.CmsgLen(4*n))
-	_, oobn, errno := receive(int(c.fd), b[:], oob, unix.MSG_PEEK)
+	_, oobn, errno := receive(c.FD(), b[:], oob, unix.MSG_PEEK)
 	if errno == unix.EAGAIN {
 		return nil, ErrEmpty
 	}
@@ -186,7 +212,7 @@ func (c *Cell) All() ([]int, error) {
 	}
 	var b [1]byte
 	var oob [64]byte // a usual message has at most two
-	_, n, flags, _, err := unix.Recvmsg(int(c.fd), b[:], oob[:], unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	_, n, flags, _, err := unix.Recvmsg(c.FD(), b[:], oob[:], unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	switch err {
 	case nil:
 	case unix.EAGAIN:
@@ -211,7 +237,7 @@ func (c *Cell) messages(buf []byte) (all [][]byte, err error) {
 		if err := c.peekFrom(at); err != nil {
 			return nil, err
 		}
-		n, _, errno := receive(int(c.fd), buf, nil, unix.MSG_PEEK)
+		n, _, errno := receive(c.FD(), buf, nil, unix.MSG_PEEK)
 		switch {
 		case errno == unix.EAGAIN:
 			return all, nil
@@ -226,7 +252,7 @@ func (c *Cell) messages(buf []byte) (all [][]byte, err error) {
 // peekFrom says how many bytes behind the first one MSG_PEEK looks the next time (SO_PEEK_OFF in socket(7)); it moves on with each
 // look. -1: always at the first one.
 func (c *Cell) peekFrom(at int) error {
-	return os.NewSyscallError("setsockopt(SO_PEEK_OFF)", unix.SetsockoptInt(int(c.fd), unix.SOL_SOCKET, unix.SO_PEEK_OFF, at))
+	return os.NewSyscallError("setsockopt(SO_PEEK_OFF)", unix.SetsockoptInt(c.FD(), unix.SOL_SOCKET, unix.SO_PEEK_OFF, at))
 }
 
 // MaxFDs is how many descriptors one message can carry (SCM_MAX_FD in unix(7)).

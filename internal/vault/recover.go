@@ -75,7 +75,7 @@ func (v *Vault) openBatch(m []byte, at int) error {
 	for i, fd := range fds {
 		switch index := indexes[i]; {
 		case index != wordsIndex:
-			v.enter(&Cell{fd: int32(fd), index: uint32(index)})
+			v.enter(newCell(fd, uint32(index)))
 		case v.words == nil && err == nil:
 			err = v.mapWords(fd)
 		default: // the same file again
@@ -136,7 +136,7 @@ func (v *Vault) contents(of func(*Cell) bool) ([]Found, error) {
 		}
 		f := decode(messages[len(messages)-1])
 		f.Cell = c
-		if f.Err == nil {
+		if f.Err == nil && f.Hold == nil { // a worker process that looks into it, too, can make us see a message twice
 			for range len(messages) - 1 {
 				c.Drop()
 			}

@@ -242,19 +242,34 @@ func (v *Vault) Replace(c *Cell, record []byte, fds ...int) error {
 	return nil
 }
 
-// Release empties a cell and takes it back.
+// Release empties a cell and takes it back. One of a vault that was given up is left alone: its descriptor may be somebody else's by now.
 func (v *Vault) Release(c *Cell) {
-	c.Empty()
-	v.Return(c)
+	if v.Has(c) {
+		c.Empty()
+		v.Return(c)
+	}
 }
 
-// Return takes back a cell that is empty.
+// Return takes back a cell that is empty. One of a vault that was given up is left alone.
 func (v *Vault) Return(c *Cell) {
+	if !v.Has(c) {
+		return
+	}
 	c.word.Store(0)
 	v.mu.Lock()
 	v.free = append(v.free, c)
 	v.watch()
 	v.mu.Unlock()
+}
+
+// Has tells whether a cell is one of the vault's. None is of a nil vault.
+func (v *Vault) Has(c *Cell) bool {
+	if v == nil {
+		return false
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return c.index != 0 && int(c.index) <= len(v.cells) && v.cells[c.index-1] == c
 }
 
 // StoreClient stores a connection, with what its word is to be; its descriptor and the peer's pidfd stay the caller's.

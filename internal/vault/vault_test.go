@@ -454,3 +454,31 @@ func BenchmarkStore(b *testing.B) {
 		v.Release(c)
 	}
 }
+
+// Cells of a vault that was given up are nobody's, whoever still has them.
+func TestCellsOfAVaultThatWasGivenUp(t *testing.T) {
+	t.Parallel()
+	old, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := old.Take()
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.GiveUp()
+	v, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.GiveUp()
+	v.Return(c)
+	v.Release(c)
+	(*Vault)(nil).Release(c)
+	if cells, used := v.Size(); cells != 0 || used != 0 {
+		t.Errorf("the next vault has %d cells, %d in use", cells, used)
+	}
+	if err := c.Put([]byte{1}); err == nil || c.FD() >= 0 {
+		t.Errorf("something was put into a descriptor that may be somebody else's: %d, %v", c.FD(), err)
+	}
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package daemon
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/state"
+	"virtlockd/internal/vault"
+)
+
+// What becomes of the holds of one shared resource, by the words of their cells. A process that died may have had a worker process at
+// one of them; that is said by the pid of one that lives, ours.
+func TestRecoveredHolds(t *testing.T) {
+	t.Parallel()
+	us := os.Getpid()
+	for _, tt := range []struct {
+		name    string
+		words   []uint64 // of holds of the guests 1, 2, ... in cells with rising indexes
+		same    bool     // all are the hold of one guest
+		held    []int    // the cells that are taken over, from 1
+		end     []int    // of these, those that end with the recovery
+		waiting bool     // ... when the worker has ended
+	}{
+		{name: "all well", words: []uint64{0, 0}, held: []int{1, 2}},
+		{name: "the later one is just put in", words: []uint64{0, vault.Filling(us)}, held: []int{1, 2}},
+		{name: "the earlier cell is filled last", words: []uint64{vault.Filling(us), 0}, held: []int{1, 2}},
+		{name: "only one, just put in", words: []uint64{vault.Filling(us)}, held: []int{1}},
+		{name: "the last one is released by a worker", words: []uint64{vault.Busy(us)}, held: []int{1}, end: []int{1}, waiting: true},
+		{name: "a replaced lock is released by a worker", words: []uint64{vault.Busy(us), 0}, same: true, held: []int{2}},
+		{name: "one is released", words: []uint64{vault.Releasing, 0}, held: []int{1, 2}, end: []int{1}},
+		{name: "replaced, and not marked yet", words: []uint64{vault.Moving, 0}, same: true, held: []int{1, 2}, end: []int{1}},
+		{name: "to be replaced", words: []uint64{vault.Moving}, held: []int{1}},
+		{name: "to be replaced, beside others", words: []uint64{vault.Moving, 0}, held: []int{1, 2}},
+		{name: "stopped", words: []uint64{vault.Stopped, 0}, held: []int{1, 2}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			v, err := vault.New()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer v.GiveUp()
+			file, err := os.CreateTemp(t.TempDir(), "disk")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			var cells []*vault.Cell
+			for range tt.words {
+				c, err := v.Take()
+				if err != nil {
+					t.Fatal(err)
+				}
+				cells = append(cells, c)
+			}
+			slices.SortFunc(cells, func(a, b *vault.Cell) int { return int(a.Index()) - int(b.Index()) })
+			for i, word := range tt.words {
+				h := vault.Hold{
+					Since: 1, Name: "disk", Flags: 1,
+					Owner: state.Owner{Details: state.Details{Name: fmt.Sprint("guest", i), PID: int32(1 + i)}, Kind: state.Unverified, PIDFD: state.NoFD},
+				}
+				if tt.same {
+					h.Owner.PID = 1
+				}
+				record := h.Record(nil)
+				vault.SetFile(record, state.File{Dev: 1, Ino: 2, Remote: true})
+				if err := cells[i].Put(record, int(file.Fd())); err != nil {
+					t.Fatal(err)
+				}
+				cells[i].Word().Store(word)
+			}
+			// As the next process finds it.
+			root, err := unix.FcntlInt(uintptr(v.Root()), unix.F_DUPFD_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := &daemon{log: slog.New(slog.DiscardHandler)}
+			r, err := d.recoverVault(root)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(r.snapshot.Default) != 1 {
+				t.Fatalf("%d resources, want 1", len(r.snapshot.Default))
+			}
+			want := func(what string, got []uint32, want []int) {
+				t.Helper()
+				var all []int
+				for _, index := range got {
+					all = append(all, 1+slices.IndexFunc(cells, func(c *vault.Cell) bool { return c.Index() == index }))
+				}
+				slices.Sort(all)
+				if !slices.Equal(all, want) {
+					t.Errorf("%s: cells %v, want %v", what, all, want)
+				}
+			}
+			want("taken over", r.snapshot.Default[0].Cells, tt.held)
+			var end []uint32
+			for _, u := range r.unsettled {
+				end = append(end, u.cell)
+				if waits := u.worker == us; waits != tt.waiting {
+					t.Errorf("it ends with process %d", u.worker)
+				}
+			}
+			want("end", end, tt.end)
+		})
+	}
+}
