@@ -162,7 +162,8 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	both.Go(func() { clients = d.adoptClients(s, owners) })
 	both.Wait()
 	for i, o := range owners {
-		if endedMeanwhile(s, &s.Owners[i], o) {
+		// One that was found dead while owners were taken over had no locks yet.
+		if o.Dead() || endedMeanwhile(s, &s.Owners[i], o) {
 			d.log.Info(d.cause+"a guest has ended meanwhile, its locks are released", "", o.Details())
 			d.table.ReleaseOwner(o)
 		}

@@ -260,6 +260,14 @@ func (r *Registry) enter(d *Details, p *process, kind Kind) (*Owner, error) {
 		r.mu.Lock()
 		known = r.byPID[d.PID]
 	}
+	if known != nil && p.ended() {
+		// Nobody is to join the one that lives, whose number this one had before. Its owner is dead from the beginning.
+		r.mu.Unlock()
+		o := &Owner{PID: d.PID, reg: r, proc: p, kind: kind, refs: 1, died: make(chan struct{})}
+		o.details.Store(d)
+		close(o.died)
+		return o, nil
+	}
 	if known != nil {
 		// Two processes that live at the same time do not share a number.
 		known.refs++

@@ -278,3 +278,45 @@ func TestInOurPIDNamespace(t *testing.T) {
 		t.Error("a process of another namespace is in ours")
 	}
 }
+
+// A process that has ended is never taken for the one that has its number now, whichever is seen first.
+func TestAdoptNumberUsedAgain(t *testing.T) {
+	t.Parallel()
+	for name, first := range map[string]int{"ended one first": 0, "living one first": 1} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, died := registry(t)
+			gone, lives := child(t, ""), child(t, "")
+			both := []*process{}
+			for _, cmd := range []*exec.Cmd{gone, lives} {
+				p, err := openProcess(int32(cmd.Process.Pid))
+				if err != nil {
+					t.Fatal(err)
+				}
+				p.pid = 4711 // as if it were the number of both
+				both = append(both, p)
+			}
+			gone.Process.Kill()
+			gone.Wait()
+			owners := make([]*Owner, 2)
+			for _, i := range []int{first, 1 - first} {
+				o, err := r.enter(&Details{Name: "guest", PID: 4711}, both[i], Verified)
+				if err != nil {
+					t.Fatal(err)
+				}
+				owners[i] = o
+			}
+			if owners[0] == owners[1] {
+				t.Fatal("a process that has ended has become the one that lives")
+			}
+			if first == 0 {
+				mustDie(t, died, owners[0])
+			}
+			if !owners[0].Dead() || owners[1].Dead() {
+				t.Errorf("dead: %v, %v; want true, false", owners[0].Dead(), owners[1].Dead())
+			}
+			owners[0].Release()
+			owners[1].Release()
+		})
+	}
+}
