@@ -37,7 +37,9 @@ func Wait(t testing.TB, path string) *Waiter {
 		for {
 			err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLKW, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1})
 			if err != unix.EINTR { // Go interrupts threads that stay long
-				unix.Close(fd) // others may have it again
+				// Others may have it again. Explicitly, since a child that is just being started has a copy of the descriptor.
+				unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK, Len: 1})
+				unix.Close(fd)
 				w.woke <- err
 				return
 			}
