@@ -93,22 +93,30 @@ func (p *Probe) Check(exclusive bool) (found []*FaultError, err error) {
 	return found, nil
 }
 
+// errWeak says in which way a lock that should be exclusive is gone.
+var errWeak = errors.New("it is shared, though it should be exclusive")
+
 func (l *Lock) checkDirect(exclusive bool) ([]*FaultError, error) {
-	held, err := holdsLock(int(l.fd), exclusive)
-	if err != nil || held {
+	typ, err := lockHeld(int(l.fd))
+	switch {
+	case err != nil:
 		return nil, err
+	case typ == unix.F_UNLCK:
+		return []*FaultError{{Fault: Gone}}, nil
+	case typ == unix.F_RDLCK && exclusive:
+		return []*FaultError{{Gone, errWeak}}, nil
 	}
-	return []*FaultError{{Fault: Gone}}, nil
+	return nil, nil
 }
 
-// holdsLock tells whether the lock on byte 0 is that of an open file description, or, a POSIX lock, of this
-// process. The kernel lists such locks, and no others, with the descriptor (proc_pid_fdinfo(5)):
+// lockHeld returns which lock on byte 0 an open file description has, or, a POSIX lock, this process: F_WRLCK, F_RDLCK or
+// F_UNLCK. The kernel lists such locks, and no others, with the descriptor (proc_pid_fdinfo(5)):
 //
 //	lock:	1: OFDLCK ADVISORY  WRITE -1 00:2f:17 0 0
-func holdsLock(fd int, exclusive bool) (bool, error) {
+func lockHeld(fd int) (typ int16, err error) {
 	info, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
 	if err != nil {
-		return false, err
+		return unix.F_UNLCK, err
 	}
 	for line := range bytes.Lines(info) {
 		f := bytes.Fields(line)
@@ -116,18 +124,24 @@ func holdsLock(fd int, exclusive bool) (bool, error) {
 			continue
 		}
 		kind, mode, start := string(f[2]), string(f[4]), string(f[7])
-		if (kind == "OFDLCK" || kind == "POSIX") && start == "0" && (mode == "WRITE" || !exclusive) {
-			return true, nil
+		if (kind == "OFDLCK" || kind == "POSIX") && start == "0" {
+			if mode == "WRITE" {
+				return unix.F_WRLCK, nil
+			}
+			return unix.F_RDLCK, nil
 		}
 	}
-	return false, nil
+	return unix.F_UNLCK, nil
 }
 
 // checkRemote asks a worker. A POSIX lock is its holder's: another one looks at it, by its path.
 func (l *Lock) checkRemote(o *op, exclusive bool) (found []*FaultError, err error) {
-	r := request{op: workCheck}
+	r := request{op: workCheck, mode: Shared}
 	if exclusive {
 		r.mode = Exclusive
+		if l.weak { // the worker can't always see that
+			found = append(found, &FaultError{Gone, errWeak})
+		}
 	}
 	if l.holder == nil {
 		r.fds = []int{int(l.fd)}
@@ -143,11 +157,11 @@ func (l *Lock) checkRemote(o *op, exclusive bool) (found []*FaultError, err erro
 	case errors.As(err, &noWorker):
 		return nil, noWorker.Err
 	case answer.step == stepOther: // it was being released, or the file was replaced: the path says so
-		return nil, nil
+		return found, nil
 	case answer.step == stepOpen:
-		return []*FaultError{{Unreadable, err}}, nil
+		return append(found, &FaultError{Unreadable, err}), nil
 	}
-	if answer.step == stepGone {
+	if answer.step == stepGone && len(found) == 0 {
 		found = append(found, &FaultError{Fault: Gone})
 	}
 	if answer.errno != 0 {
@@ -195,22 +209,31 @@ func openToLook(path string) (fd int, errno syscall.Errno) {
 	return fd, errno
 }
 
-// locked tells whether the lock is there. The file system may keep its locks to itself; then it is asked from
-// a description of its own, and any lock that is in the way counts as the one meant.
+// locked tells whether the lock is there. Where the file system keeps its locks to itself, it is asked: what is in the way of the
+// locked description is somebody else's, so this one has lost its lock. If nothing is, then whatever is in the way of a description
+// that has no lock is the one meant. What can't be asked says nothing about the lock.
 func (w *work) locked(fd int, r request) bool {
 	if len(r.fds) == 0 {
-		other, errno := w.blocker(fd, unix.F_GETLK)
+		other, errno := w.blocker(fd, unix.F_GETLK, unix.F_WRLCK)
 		return errno != 0 || other.Type != unix.F_UNLCK
 	}
-	if held, err := holdsLock(fd, r.mode == Exclusive); err != nil || held {
-		return true // an error says nothing about the lock
+	typ, err := lockHeld(fd)
+	switch {
+	case err != nil:
+		return true
+	case typ != unix.F_UNLCK:
+		return typ == unix.F_WRLCK || r.mode == Shared
+	}
+	other, errno := w.blocker(fd, unix.F_OFD_GETLK, lockType(r.mode))
+	if errno != 0 || other.Type != unix.F_UNLCK {
+		return errno != 0
 	}
 	fresh, errno := openToLook("/proc/self/fd/" + strconv.Itoa(fd))
 	if errno != 0 {
-		return false
+		return true
 	}
 	defer unix.Close(fresh)
-	other, errno := w.blocker(fresh, unix.F_OFD_GETLK)
+	other, errno = w.blocker(fresh, unix.F_OFD_GETLK, unix.F_WRLCK)
 	return errno != 0 || other.Type != unix.F_UNLCK
 }
 

@@ -76,22 +76,20 @@ func TestCheck(t *testing.T) {
 		unlockBehind(t, l)
 		wantFaults(t, l, Gone)
 		// Another's lock on the file is not ours.
-		other := mustLock(t, f, path, Shared, false)
-		if f.openat2 { // a worker can't tell it from one that the file system keeps to itself
+		for _, mode := range []Mode{Shared, Exclusive} {
+			other := mustLock(t, f, path, mode, false)
 			wantFaults(t, l, Gone)
+			wantFaults(t, other)
+			mustRelease(t, other, "")
 		}
-		wantFaults(t, other)
-		mustRelease(t, other, "")
 		mustRelease(t, l, "")
 
 		// What is only shared is not enough where it should be exclusive.
 		shared := mustLock(t, f, path, Shared, false)
 		wantFaults(t, shared)
-		if f.openat2 {
-			p := shared.Probe()
-			if found, err := p.Check(true); err != nil || len(found) != 1 || found[0].Fault != Gone {
-				t.Errorf("a shared lock that should be exclusive: %v, %v", found, err)
-			}
+		p := shared.Probe()
+		if found, err := p.Check(true); err != nil || len(found) != 1 || found[0].Fault != Gone {
+			t.Errorf("a shared lock that should be exclusive: %v, %v", found, err)
 		}
 		mustRelease(t, shared, "")
 	})

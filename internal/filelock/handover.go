@@ -253,11 +253,11 @@ func (s *scratch) isLock(fd int, path string, id FileID) error {
 	if now, errno := stat(path); errno == 0 && now.id == id {
 		return nil
 	}
-	before, errno := s.blocker(fd, unix.F_GETLK)
+	before, errno := s.blocker(fd, unix.F_GETLK, unix.F_WRLCK)
 	if errno != 0 {
 		return errno
 	}
-	now, errno := s.blocker(fd, unix.F_OFD_GETLK)
+	now, errno := s.blocker(fd, unix.F_OFD_GETLK, unix.F_WRLCK)
 	switch {
 	case errno != 0:
 		return errno
@@ -348,7 +348,7 @@ func (t *Takeover) mountOf(fd int) (mount string, local bool, err error) {
 // came from our own binary before the C daemon had it is an OFD lock already.
 func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
 	// Asked as a process, the kernel names OFD locks, those on this very descriptor too.
-	before, errno := s.blocker(fd, unix.F_GETLK)
+	before, errno := s.blocker(fd, unix.F_GETLK, unix.F_WRLCK)
 	if errno != 0 {
 		return Lost, errno
 	}
@@ -357,7 +357,7 @@ func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
 		return Lost, refusal
 	}
 	// Asked as a description, it names POSIX locks, those of this very process too.
-	now, errno := s.blocker(fd, unix.F_OFD_GETLK)
+	now, errno := s.blocker(fd, unix.F_OFD_GETLK, unix.F_WRLCK)
 	mine := now.Type != unix.F_UNLCK && int(now.Pid) == os.Getpid()
 	switch {
 	case errno != 0:
@@ -391,9 +391,9 @@ func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
 	return Kept, 0
 }
 
-// blocker returns a lock that would refuse an exclusive one on fd, with type F_UNLCK if there is none.
-func (s *scratch) blocker(fd, cmd int) (unix.Flock_t, syscall.Errno) {
-	s.fl = unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
+// blocker returns a lock that would refuse one of that type on fd, with type F_UNLCK if there is none.
+func (s *scratch) blocker(fd, cmd int, typ int16) (unix.Flock_t, syscall.Errno) {
+	s.fl = unix.Flock_t{Type: typ, Len: 1}
 	err := unix.FcntlFlock(uintptr(fd), cmd, &s.fl)
 	return s.fl, toErrno(err)
 }

@@ -12,7 +12,8 @@ import (
 // ErrUnreadable says that a file can't be read, though its lock is held: whoever decides about locks has just said so.
 var ErrUnreadable = errors.New("the lock is held, but the file can't be read")
 
-var errReplaced = errors.New("another file is at its path")
+// ErrReplaced says that the path leads to another file than the locked one.
+var ErrReplaced = errors.New("another file is at its path")
 
 // Regain tries to take a lock again that was found to be gone, or on a file that was found to be unreadable, on the file that it was on,
 // if that is at its path still. It returns the lock that is held then: l itself, or one that stands in for it. That one has no
@@ -25,7 +26,8 @@ var errReplaced = errors.New("another file is at its path")
 // read by a fresh description and not by the old one, as on NFS after the server has forgotten us: the kernel goes on to
 // believe in that lock and refuses another one. Then both are shared for a moment, in which nobody gets in who wants to write.
 //
-// Errors: ErrUnreadable; of type *Error, with ErrLocked where somebody else has the lock, and *HungError where nothing is known.
+// Errors: ErrUnreadable, also if nobody could be asked about the lock of a file that can't be read; of type *Error, with ErrLocked where
+// somebody else has the lock and ErrReplaced or ENOENT where its path leads elsewhere; any other says nothing about who has the lock.
 // Nobody may be releasing the lock meanwhile. It may block as long as the disk hangs.
 func (l *Lock) Regain(unreadable bool) (*Lock, error) {
 	o := l.files.begin("lock", l.path)
@@ -33,20 +35,26 @@ func (l *Lock) Regain(unreadable bool) (*Lock, error) {
 	if l.mount == "" {
 		return l, l.regainDirect(o)
 	}
-	var err error
-	var hung *HungError
 	if l.shares == nil { // else other resources have the same description
-		var fresh *Lock
-		fresh, err = l.fresh(l.mode)
-		if err == nil || errors.Is(err, errReplaced) || errors.Is(err, unix.ENOENT) || errors.As(err, &hung) {
-			return fresh, err
+		fresh, err := l.fresh(l.mode)
+		var hung *HungError
+		switch {
+		case err == nil:
+			return fresh, nil
+		case errors.Is(err, ErrReplaced):
+			return nil, err
+		case errors.Is(err, ErrLocked): // perhaps by our own lock
+		case unreadable:
+			return l, ErrUnreadable
+		case errors.Is(err, unix.ENOENT), errors.As(err, &hung):
+			return nil, err
 		}
 	}
-	if failed := l.again(o, l.mode); failed != nil {
-		if err == nil || errors.As(failed, &hung) {
-			err = wrap(OpLock, l.path, failed)
+	if err := l.again(o, l.mode); err != nil {
+		if unreadable && !errors.Is(err, ErrLocked) {
+			return l, ErrUnreadable
 		}
-		return nil, err // mostly, somebody else has it
+		return nil, err
 	}
 	l.weak = false
 	if !unreadable || l.readable(o, l.cells()) {
@@ -55,12 +63,14 @@ func (l *Lock) Regain(unreadable bool) (*Lock, error) {
 	if l.shares != nil || l.holder != nil || !l.readable(o, nil) {
 		return l, ErrUnreadable
 	}
-	if l.mode == Exclusive && l.again(o, Shared) != nil {
-		return l, ErrUnreadable
+	if l.mode == Exclusive {
+		l.weak = true // until it is known to be exclusive
+		if l.again(o, Shared) != nil {
+			return l, ErrUnreadable
+		}
 	}
 	fresh, err := l.fresh(Shared)
 	if err != nil {
-		l.weak = l.again(o, l.mode) != nil
 		return l, ErrUnreadable
 	}
 	fresh.mode, fresh.weak = l.mode, l.mode == Exclusive
@@ -75,16 +85,14 @@ func (l *Lock) Harden() error {
 	o := l.files.begin("lock", l.path)
 	defer l.files.end(o)
 	err := l.again(o, l.mode)
-	if l.weak = err != nil; l.weak {
-		return wrap(OpLock, l.path, err)
-	}
-	return nil
+	l.weak = err != nil
+	return err
 }
 
 func (l *Lock) regainDirect(o *op) error {
 	id, err := l.files.stat(o, l.path)
 	if err == nil && id != l.id {
-		err = errReplaced
+		err = ErrReplaced
 	}
 	if err != nil {
 		return wrap(OpLock, l.path, err)
@@ -104,7 +112,7 @@ func (l *Lock) fresh(mode Mode) (*Lock, error) {
 	fresh, err := l.files.Lock(l.path, mode, false, nil)
 	if err == nil && fresh.id != l.id {
 		_ = fresh.Release("", nil) // it removes nothing
-		return nil, wrap(OpLock, l.path, errReplaced)
+		return nil, wrap(OpLock, l.path, ErrReplaced)
 	}
 	return fresh, err
 }
@@ -117,10 +125,16 @@ func (l *Lock) cells() []int {
 	return []int{int(l.fd)}
 }
 
-// again asks for a remote lock once more, in place.
+// again asks for a remote lock once more, in place. ErrLocked: somebody else has it.
 func (l *Lock) again(o *op, mode Mode) error {
-	_, err := l.files.pool.call(o, l.mount, l.holder, request{op: workAgain, mode: mode, fds: l.cells()})
-	return err
+	answer, err := l.files.pool.call(o, l.mount, l.holder, request{op: workAgain, mode: mode, fds: l.cells()})
+	switch {
+	case err == nil:
+		return nil
+	case refused(answer.errno):
+		return l.lockError(answer.errno, nil)
+	}
+	return wrap(OpLock, l.path, err)
 }
 
 // readable tells whether what lies in a cell can be read, or, without one, what is at the path.

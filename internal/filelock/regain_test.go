@@ -59,12 +59,40 @@ func TestRegain(t *testing.T) {
 			t.Errorf("without file: %v", err)
 		}
 		makeFile(t, path, "")
-		if _, err := l.Regain(false); !errors.Is(err, errReplaced) {
+		if _, err := l.Regain(false); !errors.Is(err, ErrReplaced) {
 			t.Errorf("of another file: %v", err)
 		}
 		mustRelease(t, mustLock(t, other, path, Exclusive, false), "")
 		mustRelease(t, l, "")
 	})
+}
+
+// A lock that could only be had shared is not what it should be, as long as that is so.
+func TestWeakLock(t *testing.T) {
+	t.Parallel()
+	f := newFiles(t, Config{})
+	f.openat2 = false
+	path := makeFile(t, t.TempDir()+"/disk", "data")
+	l := mustLock(t, f, path, Exclusive, false)
+	o := f.begin("lock", path)
+	if err := l.again(o, Shared); err != nil {
+		t.Fatal(err)
+	}
+	f.end(o)
+	l.weak = true
+	wantFaults(t, l, Gone)
+	stranger := mustLock(t, newFiles(t, Config{}), path, Shared, false)
+	wantFaults(t, l, Gone)
+	if _, err := l.Regain(false); !errors.Is(err, ErrLocked) || !l.Weak() {
+		t.Errorf("while somebody shares it: %v", err)
+	}
+	mustRelease(t, stranger, "")
+	wantFaults(t, l, Gone)
+	if again, err := l.Regain(false); err != nil || again != l || l.Weak() {
+		t.Errorf("when nobody shares it: %v", err)
+	}
+	wantFaults(t, l)
+	mustRelease(t, l, "")
 }
 
 // A cell that holds are stored in is emptied when the lost lock is released.
