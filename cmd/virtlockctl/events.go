@@ -21,7 +21,7 @@ const followEvery = 250 * time.Millisecond
 
 func showEvents(flags *pflag.FlagSet) func(*tool, []string) error {
 	follow := flags.BoolP("follow", "f", false, "go on until interrupted, also while the daemon is replaced")
-	kinds := flags.StringSliceP("kind", "k", nil, "only these: acquired, released, refused, killed, upgraded, recovered, lost")
+	kinds := flags.StringSliceP("kind", "k", nil, "only these: acquired, released, refused, killed, upgraded, recovered, lost, faulty")
 	after := flags.Uint64("after", 0, "only those with a greater number")
 	return func(t *tool, _ []string) error {
 		s := &stream{tool: t, after: *after, kinds: *kinds}
@@ -112,7 +112,7 @@ func (s *stream) print(e *inspect.Event) error {
 }
 
 var eventColours = map[string]colour{
-	"acquired": green, "released": dim, "refused": yellow, "killed": red, "upgraded": bold, "recovered": bold, "lost": red,
+	"acquired": green, "released": dim, "refused": yellow, "killed": red, "upgraded": bold, "recovered": bold, "lost": red, "faulty": yellow,
 }
 
 // eventLine describes an event.

@@ -25,11 +25,12 @@ const (
 	Upgraded              // another binary has taken over in the same process
 	Recovered             // the daemon has started again and found its locks
 	Lost                  // a lock that an owner holds was lost beneath it; Reason is what was found
+	Faulty                // the file of a lock can't be read, though the lock is held; Reason is what was found
 	kinds                 // how many there are
 )
 
 func (k Kind) String() string {
-	return [...]string{"acquired", "released", "refused", "killed", "upgraded", "recovered", "lost"}[k]
+	return [...]string{"acquired", "released", "refused", "killed", "upgraded", "recovered", "lost", "faulty"}[k]
 }
 
 // Reason says why, in words that are the same for all events with the same cause, so that they can be
@@ -63,7 +64,7 @@ const (
 	Continue  Reason = "SIGCONT"
 )
 
-// Reasons of Lost: kinds of findings of package verify.
+// Reasons of Lost and Faulty: kinds of findings of package verify.
 const (
 	Gone       Reason = "lock-gone"
 	Replaced   Reason = "replaced"
@@ -82,6 +83,8 @@ func (k Kind) Reasons() []Reason {
 		return []Reason{Terminate, Kill, Stuck, Stop, Continue}
 	case Lost:
 		return []Reason{Gone, Replaced, Deleted, Unreadable}
+	case Faulty:
+		return []Reason{Unreadable}
 	}
 	return []Reason{""}
 }

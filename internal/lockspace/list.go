@@ -76,7 +76,7 @@ func (t *Table) List(from, limit int) (entries []Entry, next int) {
 	all := t.slots.all
 	end := min(from+limit, len(all))
 	for i := from; i < end; i++ {
-		if r := all[i]; r != nil && r.phase == held {
+		if r := all[i]; r != nil && r.isHeld() {
 			var e Entry
 			e, holds = r.entry(holds)
 			entries = append(entries, e)
@@ -113,15 +113,26 @@ func (r *resource) entry(holds []Holding) (Entry, []Holding) {
 	}, holds
 }
 
-// Probe returns what the lock of an entry can be checked by, if it is held still.
-func (t *Table) Probe(e *Entry) (p filelock.Probe, ok bool) {
+// isHeld tells whether somebody holds the resource, though its lock may just be taken again. t.mu is held.
+func (r *resource) isHeld() bool {
+	return r.phase == held || r.phase == acquiring && len(r.holders) > 0
+}
+
+// ErrBusy says that another request works on the lock, or that it is just being taken again.
+var ErrBusy = errors.New("the lock is being worked on")
+
+// Probe returns what the lock of an entry can be checked by. Errors: ErrNotLocked if it was given up meanwhile, ErrBusy.
+func (t *Table) Probe(e *Entry) (p filelock.Probe, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	r := t.still(e)
-	if r == nil {
-		return p, false
+	switch {
+	case r == nil:
+		return p, ErrNotLocked
+	case r.phase != held:
+		return p, ErrBusy
 	}
-	return r.lock.Probe(), true
+	return r.lock.Probe(), nil
 }
 
 // still returns the resource of an entry, nil if it was given up meanwhile. t.mu is held.
@@ -131,7 +142,7 @@ func (t *Table) still(e *Entry) *resource {
 		return nil
 	}
 	r := s.resources[e.Resource]
-	if r == nil || r.phase != held || r.lock != e.Lock {
+	if r == nil || !r.isHeld() || r.lock != e.Lock {
 		return nil
 	}
 	return r
@@ -153,7 +164,7 @@ func (t *Table) Current(e *Entry) (holds []Holding, ok bool) {
 // Regain tries to take the lock of an entry again, which was found to be gone or unreadable: see filelock.Lock.Regain. Then the entry is
 // about the lock that is held now. It may block as long as the disk hangs, and requests for the resource with it.
 //
-// Errors: ErrNotLocked if it was given up meanwhile, or the Locker's.
+// Errors: ErrNotLocked if it was given up meanwhile, ErrBusy, or the Locker's: those of filelock.Lock.Regain.
 func (t *Table) Regain(e *Entry, unreadable bool) error {
 	fail := func(err error) error {
 		return &Error{Op: "regain", Lockspace: e.Lockspace, Resource: e.Resource, Path: e.Path, Err: err}
@@ -164,6 +175,10 @@ func (t *Table) Regain(e *Entry, unreadable bool) error {
 		t.mu.Unlock()
 		return fail(ErrNotLocked)
 	}
+	if r.phase != held {
+		t.mu.Unlock()
+		return fail(ErrBusy)
+	}
 	t.begin(r, acquiring)
 	t.mu.Unlock()
 	lock, err := r.lock.Regain(unreadable)
@@ -171,8 +186,9 @@ func (t *Table) Regain(e *Entry, unreadable bool) error {
 		t.move(r, lock)
 		e.Lock = lock
 	}
-	if err == nil && lock.Weak() {
-		err = lock.Harden()
+	if lock != nil && lock.Weak() {
+		// It can't be said to be held before that.
+		err = cmp.Or(lock.Harden(), err)
 	}
 	t.mu.Lock()
 	r.phase = held

@@ -54,6 +54,8 @@ var (
 			"Signals to owners who had lost their connection or a lock.", []string{"step"}, nil),
 		"lost": prometheus.NewDesc("virtlockd_locks_lost_total",
 			"Locks that were lost while their owner lives, by what was found.", []string{"reason"}, nil),
+		"faulty": prometheus.NewDesc("virtlockd_locks_faulty_total",
+			"Locks that are held, but something is wrong with their file, by what was found.", []string{"reason"}, nil),
 	}
 )
 

@@ -8,6 +8,7 @@
 package verify
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -97,9 +98,15 @@ func (c *Checker) file(e *lockspace.Entry) []Finding {
 	if hung := c.enter(where); hung != nil {
 		return hung
 	}
-	probe, ok := c.table.Probe(e)
-	if !ok {
+	probe, err := c.table.Probe(e)
+	for begin := time.Now(); errors.Is(err, lockspace.ErrBusy) && time.Since(begin) < patience; probe, err = c.table.Probe(e) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	if err != nil {
 		c.leave(where)
+		if errors.Is(err, lockspace.ErrBusy) {
+			return []Finding{{NoAnswer, fmt.Sprintf("the lock is being worked on, and nothing came back from %s within %v", where, patience)}}
+		}
 		return nil
 	}
 	type answer struct {

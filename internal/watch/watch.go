@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/lockspace"
@@ -34,11 +36,14 @@ const (
 	passTime = time.Minute
 	// part is how many locks are taken from the table in one go.
 	part = 16
-	// maxActing bounds the losses that are dealt with at a time: each may wait for a disk.
+	// confirmTime is how long a path has to lead elsewhere before anything is done to the lock's owner: a path may be changed and put
+	// back by a multipath failover, an administrator, a mount that is renewed.
+	confirmTime = 10 * time.Second
+	// maxActing bounds the locks of one mount that are being taken again: each may wait for the disk.
 	maxActing = 16
 )
 
-// Config of a Watcher. Every field is needed but Pass.
+// Config of a Watcher. Every field is needed but Pass and Confirm.
 type Config struct {
 	Table   *lockspace.Table
 	Checker *verify.Checker
@@ -46,26 +51,27 @@ type Config struct {
 	Logger  *slog.Logger
 	Action  func() string // Log, Pause or Kill, as it is configured now
 	Pass    time.Duration // 0: passTime
+	Confirm time.Duration // 0: confirmTime
 }
 
 // A Watcher watches the locks of a table.
 type Watcher struct {
-	cfg    Config
-	acting chan struct{}
+	cfg Config
 
-	mu    sync.Mutex
-	locks map[name]*watched
+	mu     sync.Mutex
+	locks  map[name]*watched
+	acting map[string]int // how many locks are being taken again, by mount
 }
 
 type name struct{ lockspace, resource string }
 
 // watched is a lock as it was found lately. Its fields are owned by Watcher.mu.
 type watched struct {
-	since int64     // of its first hold: another one is another lock
-	good  time.Time // when it was last seen to be held
-	told  grade     // what was told and done already
-	busy  bool      // its loss is being dealt with
-	seen  uint64
+	lock *filelock.Lock // another one is another lock
+	good time.Time      // when it was last seen to be held
+	told grade          // what was told and done already
+	busy bool           // its loss is being dealt with
+	seen uint64
 }
 
 // grade says how bad it is. What was found of a lock is dealt with once, and again only if it has become worse.
@@ -73,14 +79,15 @@ type grade uint8
 
 const (
 	fine    grade = iota
+	open          // it is gone, and nobody can say who has it: told
 	faulty        // the file can't be read, but the lock is held: told
 	invalid       // it protects nobody: told, and its owner is dealt with
 )
 
 // New returns a watcher.
 func New(cfg Config) *Watcher {
-	cfg.Pass = cmp.Or(cfg.Pass, passTime)
-	return &Watcher{cfg: cfg, acting: make(chan struct{}, maxActing), locks: map[name]*watched{}}
+	cfg.Pass, cfg.Confirm = cmp.Or(cfg.Pass, passTime), cmp.Or(cfg.Confirm, confirmTime)
+	return &Watcher{cfg: cfg, locks: map[name]*watched{}, acting: map[string]int{}}
 }
 
 // Run looks at all locks again and again until ctx is done.
@@ -88,19 +95,22 @@ func (w *Watcher) Run(ctx context.Context) {
 	for pass := uint64(1); ; pass++ {
 		begin := time.Now()
 		pace := w.cfg.Pass / time.Duration(w.cfg.Table.Held()+1)
+		if !rest(ctx, pace) {
+			return
+		}
 		for from, more := 0, true; more; more = from != 0 {
 			var entries []lockspace.Entry
 			entries, from = w.cfg.Table.List(from, part)
+			for i := range entries {
+				w.look(ctx, &entries[i], pass)
+			}
 			// Together, since to wake up for each costs more than to look at it.
 			if !rest(ctx, pace*time.Duration(len(entries))) {
 				return
 			}
-			for i := range entries {
-				w.look(&entries[i], pass)
-			}
 		}
 		w.forget(pass)
-		if !rest(ctx, max(pace, w.cfg.Pass-time.Since(begin))) {
+		if !rest(ctx, w.cfg.Pass-time.Since(begin)) {
 			return
 		}
 	}
@@ -153,7 +163,11 @@ func verdict(found []verify.Finding) (lost events.Reason, text string, known boo
 }
 
 // look checks one lock.
-func (w *Watcher) look(e *lockspace.Entry, pass uint64) {
+func (w *Watcher) look(ctx context.Context, e *lockspace.Entry, pass uint64) {
+	l := w.watched(e, pass)
+	if l == nil {
+		return
+	}
 	found := w.cfg.Checker.Check(e)
 	now := time.Now()
 	if _, current := w.cfg.Table.Current(e); !current {
@@ -162,37 +176,21 @@ func (w *Watcher) look(e *lockspace.Entry, pass uint64) {
 	lost, text, known := verdict(found)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	n := name{e.Lockspace, e.Resource}
-	l := w.locks[n]
-	if l == nil || l.since != e.Holds[0].Since && !l.busy {
-		l = &watched{since: e.Holds[0].Since, good: time.Unix(0, e.Holds[0].Since)}
-		if l.since == 0 { // not known
-			l.good = now
-		}
-		w.locks[n] = l
-	}
-	l.seen = pass
 	switch {
-	case l.busy || !known:
+	case !known:
 	case lost == "":
 		if l.told != fine {
 			w.cfg.Logger.Warn("a lock that was lost is as it should be again", "path", e.Path, "", e.Holds[0].Owner.Details())
 		}
 		l.told, l.good = fine, now
 	default:
-		select {
-		case w.acting <- struct{}{}:
-		default:
-			return // the next pass sees it again
-		}
 		l.busy = true
 		free, told := now.Sub(l.good), l.told
 		go func() {
-			told = w.act(e, lost, text, free, told)
-			<-w.acting
+			told = w.act(ctx, e, lost, text, free, told)
 			w.mu.Lock()
 			defer w.mu.Unlock()
-			l.busy, l.told = false, told
+			l.busy, l.told, l.lock = false, told, e.Lock // which may be another one now
 			if told == fine {
 				l.good = time.Now()
 			}
@@ -200,40 +198,94 @@ func (w *Watcher) look(e *lockspace.Entry, pass uint64) {
 	}
 }
 
-// act deals with a lock that is lost: it takes it again if it can, else it tells, and does what is configured. told is what was told
-// and done before, and it returns what is now.
-func (w *Watcher) act(e *lockspace.Entry, lost events.Reason, text string, free time.Duration, told grade) grade {
+// watched returns what is known of a lock, nil if its loss is being dealt with.
+func (w *Watcher) watched(e *lockspace.Entry, pass uint64) *watched {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := name{e.Lockspace, e.Resource}
+	l := w.locks[n]
+	if l == nil || l.lock != e.Lock && !l.busy {
+		l = &watched{lock: e.Lock, good: time.Unix(0, e.Holds[0].Since)}
+		if e.Holds[0].Since == 0 { // not known
+			l.good = time.Now()
+		}
+		w.locks[n] = l
+	}
+	l.seen = pass
+	if l.busy {
+		return nil
+	}
+	return l
+}
+
+// act deals with a lock that is lost: it takes it again if it can, else it tells, and does what is configured if it is sure: somebody else
+// has the lock, or its path has led elsewhere for a while. told is what was told and done before, and it returns what is now.
+func (w *Watcher) act(ctx context.Context, e *lockspace.Entry, lost events.Reason, text string, free time.Duration, told grade) grade {
 	free = free.Round(time.Second)
-	var hung *filelock.HungError
 	err := w.regain(e, lost)
+	if elsewhere(err) && told != invalid {
+		w.cfg.Logger.Warn("the path of a lock leads elsewhere; it is looked at again before anything is done",
+			"path", e.Path, "", e.Holds[0].Owner.Details(), "found", text, "again_in", w.cfg.Confirm)
+		if !rest(ctx, w.cfg.Confirm) {
+			return told
+		}
+		var known bool
+		if lost, text, known = verdict(w.cfg.Checker.Check(e)); !known {
+			return told
+		}
+		if lost == "" {
+			w.cfg.Logger.Warn("the path of a lock leads to the locked file again", "path", e.Path, "", e.Holds[0].Owner.Details())
+			return fine
+		}
+		err = w.regain(e, lost)
+	}
 	holds, current := w.cfg.Table.Current(e)
-	if !current {
-		return told // released meanwhile
+	if !current || ctx.Err() != nil {
+		return told // released meanwhile, or it is the next watcher's
 	}
 	attrs := []any{"path", e.Path, "", holds[0].Owner.Details(), "found", text}
+	message := "a lock is lost while its owner lives: another guest can write to the same disk"
 	switch {
 	case err == nil:
 		w.cfg.Logger.Error("a lock was lost while its owner lives, and is taken again; until then anybody could have had it",
 			append(attrs, "free_for_at_most", free)...)
-		w.report(e, holds, lost, fmt.Sprintf("%s; taken again, it may have been free for up to %v", text, free))
+		w.report(events.Lost, e, holds, lost, fmt.Sprintf("%s; taken again, it may have been free for up to %v", text, free))
 		return fine
 	case errors.Is(err, filelock.ErrUnreadable):
 		if told < faulty {
-			w.cfg.Logger.Error("the file of a lock can't be read; the lock itself is held, so nothing is done to its owner", attrs...)
-			w.report(e, holds, lost, text+"; the lock is held")
+			w.cfg.Logger.Error("the file of a lock can't be read; the lock itself is held, as far as can be told, so nothing is done to its owner", attrs...)
+			w.report(events.Faulty, e, holds, lost, text+"; the lock is held")
 		}
 		return max(told, faulty)
-	case told == invalid, errors.As(err, &hung):
-		return told // nothing new; the next pass sees what has become of a disk that hangs
+	case told == invalid:
+		return told // nothing new
+	case elsewhere(err):
+		message = "the path of a lock leads elsewhere while its owner lives: the lock is on the old file, and another guest can lock what is at the path"
+	case !errors.Is(err, filelock.ErrLocked): // the next pass tries it again
+		if told < open {
+			w.cfg.Logger.Error("a lock is lost while its owner lives, and can't be taken again yet; nothing is done to its owner before somebody else has it",
+				append(attrs, "good_until_ago", free, "not_taken_again", err)...)
+			w.report(events.Lost, e, holds, lost, fmt.Sprintf("%s; it was good %v ago; not taken again yet: %v", text, free, err))
+		}
+		return max(told, open)
 	}
 	action := w.cfg.Action()
-	w.cfg.Logger.Error("a lock is lost while its owner lives: another guest can write to the same disk",
-		append(attrs, "good_until_ago", free, "not_taken_again", err, "lock_lost_action", action)...)
-	w.report(e, holds, lost, fmt.Sprintf("%s; it was good %v ago; not taken again: %v", text, free, err))
+	w.cfg.Logger.Error(message, append(attrs, "good_until_ago", free, "not_taken_again", err, "lock_lost_action", action)...)
+	w.report(events.Lost, e, holds, lost, fmt.Sprintf("%s; it was good %v ago; not taken again: %v", text, free, err))
 	for _, o := range owners(holds) {
 		w.punish(o, action)
 	}
 	return invalid
+}
+
+var (
+	errElsewhere = errors.New("its path does not lead to the locked file any more")
+	errTooMany   = errors.New("others on the same disk are being taken again, and have had no answer yet")
+)
+
+// elsewhere tells whether a lock can't be taken again because its path leads elsewhere.
+func elsewhere(err error) bool {
+	return errors.Is(err, errElsewhere) || errors.Is(err, filelock.ErrReplaced) || errors.Is(err, unix.ENOENT)
 }
 
 // punish does what is configured to the owner of a lost lock.
@@ -267,27 +319,50 @@ func (w *Watcher) stop(o *owner.Owner) error {
 
 // regain takes a lost lock again. A path that leads elsewhere can't be helped by that. filelock.ErrUnreadable says that it is held.
 func (w *Watcher) regain(e *lockspace.Entry, lost events.Reason) error {
-	switch lost {
-	case events.Replaced, events.Deleted:
-		return errors.New("its path does not lead to the locked file any more")
+	if lost == events.Replaced || lost == events.Deleted {
+		return errElsewhere
 	}
+	mount := e.Lock.Mount()
+	if !w.enter(mount) {
+		return errTooMany
+	}
+	defer w.leave(mount)
 	if err := w.cfg.Table.Regain(e, lost == events.Unreadable); err != nil {
 		return err
 	}
-	switch lost, text, known := verdict(w.cfg.Checker.Check(e)); {
-	case lost == events.Unreadable:
+	switch again, text, known := verdict(w.cfg.Checker.Check(e)); {
+	case again == events.Unreadable:
 		return filelock.ErrUnreadable
-	case lost != "" || !known:
+	case again != "" || !known:
 		return errors.New(text)
 	}
 	return nil
 }
 
-func (w *Watcher) report(e *lockspace.Entry, holds []lockspace.Holding, lost events.Reason, text string) {
+// enter takes a place among those who take locks of a mount again.
+func (w *Watcher) enter(mount string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.acting[mount] >= maxActing {
+		return false
+	}
+	w.acting[mount]++
+	return true
+}
+
+func (w *Watcher) leave(mount string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.acting[mount]--; w.acting[mount] == 0 {
+		delete(w.acting, mount)
+	}
+}
+
+func (w *Watcher) report(kind events.Kind, e *lockspace.Entry, holds []lockspace.Holding, lost events.Reason, text string) {
 	o := holds[0].Owner
 	d := o.Details()
 	w.cfg.Events.Add(events.Event{
-		Kind: events.Lost, Reason: lost, Shared: e.Shared, Lockspace: e.Lockspace, Resource: e.Resource,
+		Kind: kind, Reason: lost, Shared: e.Shared, Lockspace: e.Lockspace, Resource: e.Resource,
 		Owner: d.Name, UUID: d.UUID, PID: o.PID, Text: text,
 	})
 }

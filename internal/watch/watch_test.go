@@ -56,6 +56,12 @@ func (f *fixture) logged() string {
 
 func newFixture(t *testing.T, action string) *fixture {
 	t.Helper()
+	return newPatientFixture(t, action, 5*time.Millisecond)
+}
+
+// newPatientFixture is one that looks again after a while before it does something to an owner.
+func newPatientFixture(t *testing.T, action string, confirm time.Duration) *fixture {
+	t.Helper()
 	f := &fixture{T: t, dir: t.TempDir(), fds: map[string]int{}, events: events.New()}
 	f.action.Store(action)
 	files, err := filelock.New(filelock.Config{})
@@ -72,7 +78,7 @@ func newFixture(t *testing.T, action string) *fixture {
 	f.owners = owner.NewRegistry(owner.Config{Poller: p, Logger: log, Events: f.events, Died: table.ReleaseOwner})
 	f.Watcher = New(Config{
 		Table: table, Checker: verify.New(table), Events: f.events, Logger: log, Pass: 20 * time.Millisecond,
-		Action: func() string { return f.action.Load().(string) },
+		Confirm: confirm, Action: func() string { return f.action.Load().(string) },
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -318,6 +324,82 @@ func TestOnceForEachLoss(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.eventually("the owner is stopped again", func() bool { return f.count(events.Killed, events.Stop) == 2 })
+}
+
+// A path that leads elsewhere for a while is no reason to do something to anybody.
+func TestPathIsPutBack(t *testing.T) {
+	t.Parallel()
+	f := newPatientFixture(t, Kill, 2*time.Second)
+	p, path := f.guest("a", 0)
+	if err := os.Rename(path, path+".old"); err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("it is seen", func() bool { return strings.Contains(f.logged(), "looked at again before anything is done") })
+	if err := os.Rename(path+".old", path); err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("it is looked at again", func() bool { return strings.Contains(f.logged(), "leads to the locked file again") })
+	if err := p.Process.Signal(unix.Signal(0)); err != nil || stopped(p) {
+		t.Errorf("the owner: %v", err)
+	}
+	if n := f.count(events.Lost, events.Replaced) + f.count(events.Lost, events.Deleted) + f.count(events.Killed, events.Kill); n > 0 {
+		t.Errorf("%d events", n)
+	}
+}
+
+// Where it can't be said who has a lock, it is told and tried again, and nothing is done to its owner. What waits for one mount does not
+// keep others from being taken again.
+func TestNotTakenAgainYet(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, Kill)
+	p, path := f.guest("a", 0)
+	for range maxActing {
+		if !f.enter("") || !f.enter("elsewhere") {
+			t.Fatal("there is no place")
+		}
+	}
+	f.leave("elsewhere")
+	f.unlock(path)
+	f.eventually("it is told", func() bool { return strings.Contains(f.logged(), "can't be taken again yet") })
+	if !f.enter("elsewhere") {
+		t.Error("there is no place on another mount")
+	}
+	f.leave("")
+	f.eventually("it is taken again", func() bool { return strings.Contains(f.logged(), "and is taken again") })
+	if n := strings.Count(f.logged(), "can't be taken again yet"); n != 1 {
+		t.Errorf("told %d times", n)
+	}
+	if err := p.Process.Signal(unix.Signal(0)); err != nil || stopped(p) {
+		t.Errorf("the owner: %v", err)
+	}
+}
+
+// A lock is the same one when the first of those who share it has gone.
+func TestSharersGo(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, Log)
+	first, path := f.guest("a", lockspace.Shared)
+	second, _ := f.guest("b", 0)
+	f.acquire(second, "b", path, lockspace.Shared)
+	lookAt := func() *watched {
+		entries, _ := f.cfg.Table.List(0, 100)
+		for i := range entries {
+			if entries[i].Path == path {
+				return f.watched(&entries[i], 0)
+			}
+		}
+		t.Fatal("it is not listed")
+		return nil
+	}
+	before := lookAt()
+	_ = first.Process.Kill()
+	f.eventually("the first has gone", func() bool {
+		entries, _ := f.cfg.Table.List(0, 100)
+		return len(entries) == 2 && len(entries[0].Holds) == 1
+	})
+	if lookAt() != before {
+		t.Error("it is taken for another lock")
+	}
 }
 
 // Whoever was stopped by somebody else is not ours to continue.

@@ -169,6 +169,12 @@ func TestCheckRemote(t *testing.T) {
 		t.Error("the disk answers again, and is not seen to")
 	}
 
+	// That a look at the lock fails says nothing about it.
+	disk.FailOpens(unix.EIO)
+	wantChecks(t, h, 2, "")
+	disk.FailOpens(0)
 	disk.Tear()
 	wantChecks(t, h, 2, "/tmp/slow/a: read-error")
+	disk.Steal("a")
+	wantChecks(t, h, 2, "/tmp/slow/a: lock-gone read-error")
 }

@@ -65,12 +65,15 @@ func (g *guarded) look() {
 	upgrade(g.T, g.h, g.d)
 }
 
-// lost tells whether a loss was reported: exactly one, of that kind, with this in its text.
-func (g *guarded) lost(reason, text string) bool {
+// told tells whether that was told of alpha's lock: of that kind, with this in its text.
+func (g *guarded) told(kind, reason, text string) bool {
 	g.Helper()
-	r := want(g.T, g.h, ok, "events", "--kind", "lost")
+	r := want(g.T, g.h, ok, "events", "--kind", kind)
 	return strings.Contains(r.out, "("+reason+")") && strings.Contains(r.out, "alpha") && strings.Contains(r.out, text)
 }
+
+// eventually waits for longer than the daemon does before it believes that a path leads elsewhere.
+func eventually(ok func() bool) bool { return host.Eventually(ok) || host.Eventually(ok) }
 
 // counted insists on metrics.
 func (g *guarded) counted(lines ...string) {
@@ -115,14 +118,14 @@ func TestLostLock(t *testing.T) {
 		{"lock-gone", host.Data + "/disk", "the kernel does not have the lock any more", func(g *guarded, _ *slowdisk.Disk) {
 			g.steal(host.Data + "/disk")
 		}},
-		{"read-error", slow + "/a", "can't be read", func(_ *guarded, disk *slowdisk.Disk) {
+		{"lock-gone", slow + "/a", "the kernel does not have the lock any more", func(_ *guarded, disk *slowdisk.Disk) {
 			disk.Tear()
 			disk.Steal("a")
 		}},
 	}
 	for _, action := range []string{"log", "pause", "kill"} {
 		for _, l := range losses {
-			t.Run(action+"/"+l.reason, func(t *testing.T) {
+			t.Run(action+"/"+l.reason+l.path, func(t *testing.T) {
 				t.Parallel()
 				g := newGuarded(t, action)
 				disk := slowdisk.Mount(t, g.h, slow, slowdisk.Options{Locks: true})
@@ -132,11 +135,11 @@ func TestLostLock(t *testing.T) {
 				g.fill()
 				l.lose(g, disk)
 				g.look()
-				if !host.Eventually(func() bool { return g.lost(l.reason, l.text) }) {
+				if !eventually(func() bool { return g.told("lost", l.reason, l.text) }) {
 					t.Fatalf("nobody is told: %s", host.Shorten(g.d.Stderr()))
 				}
 				g.counted(fmt.Sprintf(`virtlockd_locks_lost_total{reason="%s"} 1`, l.reason))
-				if log := g.d.Stderr(); !strings.Contains(log, "a lock is lost while its owner lives") || !strings.Contains(log, `lock_lost_action=`+action) {
+				if log := g.d.Stderr(); !strings.Contains(log, "while its owner lives: ") || !strings.Contains(log, `lock_lost_action=`+action) {
 					t.Errorf("the log says %s", host.Shorten(log))
 				}
 				switch action {
@@ -169,32 +172,69 @@ func TestLostLock(t *testing.T) {
 	}
 }
 
-// A disk that can't be read, while its lock is held, is no reason to do something to its owner.
+// A disk that can't be read, or not be opened either, while its lock is held, is no reason to do something to its owner.
 func TestReadErrorOfHeldLock(t *testing.T) {
 	t.Parallel()
 	for _, server := range []bool{true, false} {
-		t.Run(fmt.Sprintf("server=%t", server), func(t *testing.T) {
-			t.Parallel()
-			g := newGuarded(t, "kill")
-			disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: server})
-			disk.Fill("a")
-			must(t, g.c.Acquire("", "/tmp/slow/a", 0))
-			g.fill()
-			disk.Tear()
-			free := g.watchLock("/tmp/slow/a")
-			g.look()
-			if !host.Eventually(func() bool { return g.lost("read-error", "the lock is held") }) {
-				t.Fatalf("nobody is told: %s", host.Shorten(g.d.Stderr()))
-			}
-			if n := free(); n > 0 {
-				t.Errorf("the lock was free %d times", n)
-			}
-			g.counted(`virtlockd_locks_lost_total{reason="read-error"} 1`, `virtlockd_owners_killed_total{step="SIGKILL"} 0`)
-			if g.p.Dead() {
-				t.Error("the guest was killed")
-			}
-		})
+		for _, opens := range []syscall.Errno{0, syscall.EIO, syscall.ENXIO, syscall.ENOENT} {
+			t.Run(fmt.Sprintf("server=%t,open=%d", server, opens), func(t *testing.T) {
+				t.Parallel()
+				g := newGuarded(t, "kill")
+				disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: server})
+				disk.Fill("a")
+				must(t, g.c.Acquire("", "/tmp/slow/a", 0))
+				g.fill()
+				disk.Tear()
+				free := func() int { return 0 }
+				if opens == 0 {
+					free = g.watchLock("/tmp/slow/a")
+				}
+				disk.FailOpens(opens)
+				g.look()
+				if !host.Eventually(func() bool { return g.told("faulty", "read-error", "the lock is held") }) {
+					t.Fatalf("nobody is told: %s", host.Shorten(g.d.Stderr()))
+				}
+				if n := free(); n > 0 {
+					t.Errorf("the lock was free %d times", n)
+				}
+				g.counted(`virtlockd_locks_faulty_total{reason="read-error"} 1`, `virtlockd_locks_lost_total{reason="read-error"} 0`,
+					`virtlockd_locks_lost_total{reason="lock-gone"} 0`, `virtlockd_owners_killed_total{step="SIGKILL"} 0`)
+				if g.p.Dead() {
+					t.Error("the guest was killed")
+				}
+				if server && !disk.Locked("a") {
+					t.Error("the lock was given up")
+				}
+				disk.FailOpens(0)
+			})
+		}
 	}
+}
+
+// While a lock is being taken again on a disk that hangs, it is there for everybody who asks.
+func TestRegainHangs(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t, "kill")
+	disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
+	disk.Fill("a")
+	must(t, g.c.Acquire("", "/tmp/slow/a", 0))
+	g.fill()
+	disk.Forget("a")
+	disk.Hang(slowdisk.Lock)
+	g.look()
+	disk.AwaitHang(slowdisk.Lock)
+	var locks []inspect.Lock
+	read(t, g.h, ok, &locks, "list", "-r", "/tmp/slow/a")
+	if len(locks) != 1 || len(locks[0].Owners) != 1 || string(locks[0].Owners[0].Name) != "alpha" {
+		t.Errorf("listed are %+v", locks)
+	}
+	want(t, g.h, ok, "who", "/tmp/slow/a")
+	wantChecks(t, g.h, 601, "/tmp/slow/a: no-answer")
+	disk.Resume(slowdisk.Lock)
+	if !host.Eventually(func() bool { return g.told("lost", "lock-gone", "taken again") }) {
+		t.Fatalf("not taken again: %s", host.Shorten(g.d.Stderr()))
+	}
+	wantChecks(t, g.h, 601, "")
 }
 
 // watchLock tries to get a lock all the time, until the returned function is called, which says how often that worked.
@@ -235,7 +275,7 @@ func TestRegainExpired(t *testing.T) {
 			disk.Expire("a")
 			free := g.watchLock("/tmp/slow/a")
 			g.look()
-			if !host.Eventually(func() bool { return g.lost("read-error", "taken again, it may have been free for up to") }) {
+			if !host.Eventually(func() bool { return g.told("lost", "read-error", "taken again, it may have been free for up to") }) {
 				t.Fatalf("not taken again: %s", host.Shorten(g.d.Stderr()))
 			}
 			var locks []inspect.Lock
@@ -273,7 +313,7 @@ func TestRegainRemote(t *testing.T) {
 	disk.Forget("a")
 	wantChecks(t, g.h, 601, "/tmp/slow/a: lock-gone")
 	g.look()
-	if !host.Eventually(func() bool { return g.lost("lock-gone", "taken again") }) {
+	if !host.Eventually(func() bool { return g.told("lost", "lock-gone", "taken again") }) {
 		t.Fatalf("not taken again: %s", host.Shorten(g.d.Stderr()))
 	}
 	wantChecks(t, g.h, 601, "")
@@ -314,7 +354,7 @@ func TestResume(t *testing.T) {
 			p.Signal(syscall.SIGSTOP)
 			must(t, os.Rename(g.h.Path(disk), g.h.Path(disk+".old")))
 			g.look()
-			if !host.Eventually(func() bool { return stopped(g.p) && stopped(p) }) {
+			if !eventually(func() bool { return stopped(g.p) && stopped(p) }) {
 				t.Fatalf("it is not stopped: %s", host.Shorten(g.d.Stderr()))
 			}
 			if r := want(t, g.h, failure, "resume", "alpha"); !strings.Contains(r.errs, "its lock on") || !stopped(g.p) {
@@ -373,7 +413,7 @@ func TestLookOpensNothing(t *testing.T) {
 	if !host.Eventually(func() bool { // in the instant in which the daemon has not yet looked
 		g.look()
 		unlockBehind(t, g.h, g.d, disk)
-		return host.Within(2*time.Second, func() bool { return g.lost("lock-gone", "taken again") })
+		return host.Within(2*time.Second, func() bool { return g.told("lost", "lock-gone", "taken again") })
 	}) {
 		t.Fatalf("not taken again: %s", host.Shorten(g.d.Stderr()))
 	}
@@ -400,7 +440,7 @@ func TestLookAtHungDisk(t *testing.T) {
 	disk.Hang(slowdisk.Read)
 	g.look()
 	disk.AwaitHang(slowdisk.Read)
-	if !host.Eventually(func() bool { return g.lost("deleted", "leads nowhere now") }) {
+	if !host.Eventually(func() bool { return g.told("lost", "deleted", "leads nowhere now") }) {
 		t.Fatalf("nobody is told of another lock: %s", host.Shorten(g.d.Stderr()))
 	}
 	for range 100 {

@@ -59,6 +59,7 @@ type Disk struct {
 	hung map[Op]*hang
 	torn bool          // see Tear
 	full syscall.Errno // what a write fails with; 0: nothing
+	shut syscall.Errno // what an open fails with
 }
 
 // hang makes operations wait.
@@ -211,6 +212,13 @@ func (d *Disk) FailWrites(errno syscall.Errno) {
 	d.full = errno
 }
 
+// FailOpens makes every open of a file fail in that way from now on; 0: none.
+func (d *Disk) FailOpens(errno syscall.Errno) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.shut = errno
+}
+
 // Forget makes the server forget all locks on a file, as one does that was restarted.
 func (d *Disk) Forget(name string) {
 	f := d.file(name)
@@ -316,6 +324,11 @@ func (f *file) fill(a *fuse.Attr) {
 // Open implements fs.NodeOpener.
 func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	f.disk.pass(Open)
+	f.disk.mu.Lock()
+	defer f.disk.mu.Unlock()
+	if f.disk.shut != 0 {
+		return nil, 0, f.disk.shut
+	}
 	return f.handle(), 0, 0
 }
 
