@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -49,7 +50,7 @@ func release(flags *pflag.FlagSet) func(*tool, []string) error {
 	}
 }
 
-// confirm asks whether it is really meant, and says whom it would hit.
+// confirm says whom it would hit, and asks whether it is really meant: that very hold, and not one of whoever has the lock later.
 func (t *tool) confirm(req *inspect.ReleaseRequest) error {
 	in, ok := t.in.(*os.File)
 	if !ok || !term.IsTerminal(int(in.Fd())) {
@@ -59,17 +60,30 @@ func (t *tool) confirm(req *inspect.ReleaseRequest) error {
 	if err != nil {
 		return err
 	}
+	var owners []inspect.Owner
 	for i := range locks {
 		for _, o := range locks[i].Owners {
 			if req.PID != nil && *req.PID != o.PID {
 				continue
 			}
+			if slices.ContainsFunc(owners, func(known inspect.Owner) bool { return known.PID == o.PID }) {
+				continue // one hold tells which owner it is
+			}
+			owners = append(owners, o)
 			running := "no such process is seen from here"
 			if lives(o.PID) {
 				running = t.paint(red, "that process runs")
 			}
 			fmt.Fprintf(t.err, "%s is held for %s; %s.\n", clean(string(req.Resource)), ownerText(&o), running)
 		}
+	}
+	switch len(owners) {
+	case 0:
+		return fmt.Errorf("%s is held by nobody whom that would hit: nothing was done", string(req.Resource))
+	case 1:
+		req.PID, req.Since = &owners[0].PID, owners[0].Since
+	default:
+		return misuse("release: several owners hold it: say which one by --pid")
 	}
 	fmt.Fprint(t.err, "Without the lock another guest can write to the same disk and destroy it.\nType yes to release it: ")
 	answer := make(chan string, 1)

@@ -37,8 +37,8 @@ type holders struct {
 
 func who(*pflag.FlagSet) func(*tool, []string) error {
 	return func(t *tool, args []string) error {
-		names := candidates(t.ctx, args[0])
 		file, known := fileOf(args[0])
+		names := candidates(t.ctx, args[0], known)
 		locks, err := t.locks(func(l *inspect.Lock) bool {
 			return known && l.File == file || slices.ContainsFunc(names, func(c candidate) bool {
 				return l.Resource == c.Name || l.Path == c.Name
@@ -72,24 +72,30 @@ func (t *tool) printHolders(of string, names []candidate, locks []inspect.Lock) 
 	return nil
 }
 
-// candidates returns the names that libvirt locks a disk by: its path, or in a lockspace the hash of that, an LVM
+// candidates returns the names that libvirt locks a disk by, which may exist as a file: its path, or in a lockspace the hash of that, an LVM
 // volume's UUID, a SCSI disk's serial number.
-func candidates(ctx context.Context, path string) []candidate {
+func candidates(ctx context.Context, path string, exists bool) []candidate {
 	names := []candidate{{"name", inspect.Text(path)}}
 	add := func(what, name string) {
 		if name != "" && !slices.ContainsFunc(names, func(c candidate) bool { return string(c.Name) == name }) {
 			names = append(names, candidate{what, inspect.Text(name)})
 		}
 	}
-	if !strings.Contains(path, "/") {
+	if !exists && !strings.Contains(path, "/") {
 		return names // a resource, not a path
 	}
-	if abs, err := filepath.Abs(path); err == nil && abs != path {
+	addSum := func(path string) {
+		sum := sha256.Sum256([]byte(path))
+		add("sha256", hex.EncodeToString(sum[:]))
+	}
+	if filepath.IsAbs(path) {
+		addSum(path) // libvirt takes it as the domain's XML spells it
+	}
+	if abs, err := filepath.Abs(path); err == nil {
 		add("path", abs)
+		addSum(abs)
 		path = abs
 	}
-	sum := sha256.Sum256([]byte(path))
-	add("sha256", hex.EncodeToString(sum[:]))
 	if strings.HasPrefix(path, "/dev/") {
 		add("lvm", firstLine(ctx, "lvs", "--noheadings", "--unbuffered", "--nosuffix", "--options", "uuid", path))
 		add("scsi", firstLine(ctx, "/lib/udev/scsi_id", "--replace-whitespace", "--whitelisted", "--device", path))

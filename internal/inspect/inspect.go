@@ -225,11 +225,13 @@ type Problem struct {
 	Text Text   `json:"text"`
 }
 
-// ReleaseRequest is to give up a lock in spite of its owner. Without PID there must be just one.
+// ReleaseRequest is to give up a lock in spite of its owner. Without PID there must be just one. With Since, it is given up only if
+// he has held it since then: whoever has got it meanwhile keeps it.
 type ReleaseRequest struct {
-	Lockspace Text   `json:"lockspace"`
-	Resource  Text   `json:"resource"`
-	PID       *int32 `json:"pid,omitempty"`
+	Lockspace Text      `json:"lockspace"`
+	Resource  Text      `json:"resource"`
+	PID       *int32    `json:"pid,omitempty"`
+	Since     time.Time `json:"since,omitzero"`
 }
 
 // ResumeRequest is to continue an owner who was stopped because a lock was lost: by the domain's name, its UUID or the process id.

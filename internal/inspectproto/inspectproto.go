@@ -297,7 +297,11 @@ func (p *writer) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, 
 // release takes a lock from its owner. The log says so, since a guest may go on without protection.
 func (p *writer) release(c *rpc.Client, req *inspect.ReleaseRequest) (*inspect.Released, error) {
 	what := lockspace.Request{Lockspace: string(req.Lockspace), Resource: string(req.Resource), Client: c}
-	who, left, err := p.cfg.Table.Break(what, req.PID)
+	var since int64
+	if !req.Since.IsZero() {
+		since = req.Since.UnixNano()
+	}
+	who, left, err := p.cfg.Table.Break(what, req.PID, since)
 	if errors.Is(err, lockspace.ErrSeveral) {
 		err = fmt.Errorf("%w: say which one by its process id", err)
 	}

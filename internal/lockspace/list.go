@@ -245,11 +245,12 @@ func count(cell *vault.Cell) int {
 var ErrSeveral = errors.New("several owners hold the resource")
 
 // Break gives up all holds of one owner of a resource in spite of him, by an administrator's order: that of the given
-// pid, or, if there is only one owner, of whoever it is. It returns who has lost it, and how many holds
+// pid, or, if there is only one owner, of whoever it is, and only if he holds it since then (Unix time in ns, 0: whenever): the
+// administrator may have thought about somebody who has released it meanwhile. It returns who has lost it, and how many holds
 // are left.
 //
 // Errors: as for Release, and ErrSeveral.
-func (t *Table) Break(req Request, pid *int32) (who *owner.Details, left int, err error) {
+func (t *Table) Break(req Request, pid *int32, since int64) (who *owner.Details, left int, err error) {
 	fail := func(err error) (*owner.Details, int, error) {
 		return nil, 0, &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
 	}
@@ -260,7 +261,7 @@ func (t *Table) Break(req Request, pid *int32) (who *owner.Details, left int, er
 	}
 	var o *owner.Owner
 	if err == nil {
-		o, err = r.ownerOf(pid)
+		o, err = r.ownerOf(pid, since)
 	}
 	if err != nil {
 		t.mu.Unlock()
@@ -282,8 +283,8 @@ func (t *Table) Break(req Request, pid *int32) (who *owner.Details, left int, er
 	return who, 0, nil
 }
 
-// ownerOf returns the holder with that pid, or the only one. t.mu is held.
-func (r *resource) ownerOf(pid *int32) (*owner.Owner, error) {
+// ownerOf returns the holder with that pid, or the only one, if he has held it since then. t.mu is held.
+func (r *resource) ownerOf(pid *int32, since int64) (*owner.Owner, error) {
 	var found *owner.Owner
 	for _, h := range r.holders {
 		switch {
@@ -294,7 +295,7 @@ func (r *resource) ownerOf(pid *int32) (*owner.Owner, error) {
 			found = h.owner
 		}
 	}
-	if found == nil {
+	if found == nil || since != 0 && !slices.ContainsFunc(r.holders, func(h hold) bool { return h.owner == found && h.since == since }) {
 		return nil, ErrNotOwner
 	}
 	return found, nil

@@ -139,6 +139,17 @@ func TestWho(t *testing.T) {
 			t.Errorf("who %s: %v", disk, r)
 		}
 	}
+	// libvirt does not clean a path before it computes the sum; a name without slash is a path if there is such a file.
+	for _, spelled := range []string{"/images//b.qcow2", host.Cwd + "/here.qcow2"} {
+		sum := sha256.Sum256([]byte(spelled))
+		must(t, c.Acquire(space, hex.EncodeToString(sum[:]), wire.Autocreate))
+	}
+	h.WriteFile(host.Cwd+"/here.qcow2", "", 0o600)
+	for _, disk := range []string{"/images//b.qcow2", "here.qcow2"} {
+		if r := want(t, h, ok, "who", disk); !strings.Contains(r.out, "alpha") {
+			t.Errorf("who %s: %v", disk, r)
+		}
+	}
 	if r := want(t, h, found, "who", other); !strings.Contains(r.out, "sha256") {
 		t.Errorf("who of a free disk: %v", r)
 	}
@@ -223,6 +234,50 @@ func TestRelease(t *testing.T) {
 	want(t, h, ok, "release", "-y", "-l", space, "lease")
 	if h.Exists(space + "/lease") {
 		t.Error("a lease file is left")
+	}
+}
+
+// Whoever is asked says yes to what was shown: somebody who has got the lock meanwhile keeps it.
+func TestReleaseAsks(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	disk := file(h, "disk")
+	ask := func(args ...string) *terminal {
+		return inTerminal(t, h, 24, 300, command(t, h, append([]string{"release", disk}, args...)...))
+	}
+	x := ask()
+	x.await("held by nobody")
+	if code := x.end(); code != failure {
+		t.Errorf("of nobody's: exit code %d", code)
+	}
+	first, second := d.Client(0x70000001), d.Client(0x70000002)
+	must(t, first.Acquire("", disk, wire.Shared))
+	must(t, second.Acquire("", disk, wire.Shared))
+	x = ask()
+	x.await("several owners")
+	if code := x.end(); code != usage {
+		t.Errorf("of two: exit code %d", code)
+	}
+	must(t, second.Release("", disk))
+	for _, next := range []*wire.Conn{second, first} {
+		x = ask()
+		x.await(fmt.Sprint(0x70000001), "Type yes")
+		must(t, first.Release("", disk))
+		must(t, next.Acquire("", disk, 0))
+		x.typeIn("yes\n")
+		x.await("does not hold the resource")
+		if code := x.end(); code != failure || h.Free(disk, true) {
+			t.Errorf("of another one's: exit code %d", code)
+		}
+		must(t, next.Release("", disk))
+		must(t, first.Acquire("", disk, 0))
+	}
+	x = ask()
+	x.await("Type yes")
+	x.typeIn("yes\n")
+	x.await("released: ")
+	if code := x.end(); code != ok || !h.Free(disk, true) {
+		t.Errorf("exit code %d", code)
 	}
 }
 
