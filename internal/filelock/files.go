@@ -38,6 +38,7 @@ type op struct {
 	prev, next *op  // Files.mu
 	call       Call // its fields Mount and Worker: Files.mu
 	links      int  // how many symbolic links were followed
+	linked     bool // whether one in the last place was
 	scratch
 }
 
@@ -167,7 +168,7 @@ func (f *Files) direct(o *op, path string, last bool, work func(path string) out
 		return "", false, err
 	}
 	mount = "/"
-	o.links = 0
+	o.links, o.linked = 0, false
 	for {
 		path, ok = tidy(path)
 		if !ok || len(path) > pathMax {

@@ -43,7 +43,7 @@ func (l *Lock) Remote() bool { return l.mount != "" }
 // anybody who holds it. With create the file is made if it is missing (mode
 // 0600 less the umask), and the lock is on the file that is at path once it
 // is held: whoever removes a lease file locks it first. If such a file is empty, or says
-// who held it, record is written to it; nil: none.
+// who held it, record is written to it, unless path is a symbolic link; nil: none.
 //
 // Errors are of type *Error: OpOpen with the errno of open(2), OpLock with
 // ErrLocked or the errno of fcntl(2), OpStore or OpWorker.
@@ -110,9 +110,11 @@ func (l *Lock) lockDirect(o *op, path string, create bool, record []byte) (out o
 				l.giveUp(o, nil, nil)
 				continue
 			}
-			l.files.complainAbout(l.path, writeRecord(fd, now, record))
-			if record != nil {
-				l.record = sum(record)
+			if !o.linked { // nothing is written to what a link leads to
+				l.files.complainAbout(l.path, writeRecord(fd, now, record))
+				if record != nil {
+					l.record = sum(record)
+				}
 			}
 		}
 		return done, "", nil

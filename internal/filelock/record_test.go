@@ -121,6 +121,33 @@ func TestForeignContent(t *testing.T) {
 	})
 }
 
+// Nothing is written through a symbolic link, which may lead anywhere.
+func TestRecordBehindLink(t *testing.T) {
+	t.Parallel()
+	both(t, func(t *testing.T, f *Files) {
+		dir := t.TempDir()
+		victim, path := makeFile(t, dir+"/victim", ""), mkdir(t, dir+"/leases")+"/lease"
+		for _, target := range []string{"../victim", victim, "middle"} {
+			if err := errors.Join(os.RemoveAll(path), os.RemoveAll(dir+"/leases/middle"), os.Symlink(target, path), os.Symlink(victim, dir+"/leases/middle")); err != nil {
+				t.Fatal(err)
+			}
+			l := lockLease(t, f, path, Exclusive, newRecord("first"))
+			wantContent(t, victim, "")
+			mustRelease(t, l, path)
+			if _, err := os.Lstat(path); err != nil {
+				t.Errorf("the link: %v", err)
+			}
+		}
+		// A link above the last place is the way to a lockspace.
+		if err := os.Symlink("leases", dir+"/link"); err != nil {
+			t.Fatal(err)
+		}
+		l := lockLease(t, f, dir+"/link/other", Exclusive, newRecord("first"))
+		wantContent(t, dir+"/leases/other", string(newRecord("first")))
+		mustRelease(t, l, dir+"/link/other")
+	})
+}
+
 // A full disk costs the record, not the lock, and is told once.
 func TestRecordOnFullDisk(t *testing.T) {
 	if !apart(t) {

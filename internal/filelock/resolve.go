@@ -84,6 +84,7 @@ func (o *op) follow(path string, last bool) (real string, ok bool) {
 	if link < 1 {
 		return "", false
 	}
+	o.linked = o.linked || link == len(ends)-1
 	above := path[:ends[free]]
 	target, ok := o.readLink(above, path[ends[free]+1:ends[link]])
 	if !ok {

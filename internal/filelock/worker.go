@@ -235,13 +235,19 @@ func (w *work) lock(r request) reply {
 			return answer
 		}
 		if r.create {
-			now, errno := stat(r.path)
+			now, errno := lstat(r.path)
+			link := errno == 0 && now.kind() == unix.S_IFLNK
+			if link {
+				now, errno = stat(r.path)
+			}
 			if errno != 0 || now.id != info.id {
 				w.giveUp(fd, cmd)
 				continue
 			}
-			// On NFS others see it when the worker has closed the file, below.
-			recordErrno = writeRecord(fd, now, r.record)
+			if !link { // nothing is written to what a link leads to
+				// On NFS others see it when the worker has closed the file, below.
+				recordErrno = writeRecord(fd, now, r.record)
+			}
 		}
 		if cmd == unix.F_SETLK {
 			// Such a lock belongs to this process and goes with the descriptor.
