@@ -45,6 +45,11 @@ func release(flags *pflag.FlagSet) func(*tool, []string) error {
 		if t.json {
 			return t.printJSON(done)
 		}
+		if done.Waiting {
+			_, err = fmt.Fprintf(t.out, "being released: %s was held for %s; its disk has not answered yet, and the lock is free when it does\n",
+				clean(args[0]), ownerText(&done.Owner))
+			return err
+		}
 		_, err = fmt.Fprintf(t.out, "released: %s was held for %s; %d other holds are left\n", clean(args[0]), ownerText(&done.Owner), done.Left)
 		return err
 	}

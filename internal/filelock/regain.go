@@ -30,10 +30,8 @@ var ErrReplaced = errors.New("another file is at its path")
 // somebody else has the lock and ErrReplaced or ENOENT where its path leads elsewhere; any other says nothing about who has the lock.
 // Nobody may be releasing the lock meanwhile. It may block as long as the disk hangs.
 func (l *Lock) Regain(unreadable bool) (*Lock, error) {
-	o := l.files.begin("lock", l.path)
-	defer l.files.end(o)
 	if l.mount == "" {
-		return l, l.regainDirect(o)
+		return l, l.regainDirect()
 	}
 	if l.shares == nil { // else other resources have the same description
 		fresh, err := l.fresh(l.mode)
@@ -50,22 +48,22 @@ func (l *Lock) Regain(unreadable bool) (*Lock, error) {
 			return nil, err
 		}
 	}
-	if err := l.again(o, l.mode); err != nil {
+	if err := l.again(l.mode); err != nil {
 		if unreadable && !errors.Is(err, ErrLocked) {
 			return l, ErrUnreadable
 		}
 		return nil, err
 	}
 	l.weak = false
-	if !unreadable || l.readable(o, l.cells()) {
+	if !unreadable || l.readable(l.cells()) {
 		return l, nil
 	}
-	if l.shares != nil || l.holder != nil || !l.readable(o, nil) {
+	if l.shares != nil || l.holder != nil || !l.readable(nil) {
 		return l, ErrUnreadable
 	}
 	if l.mode == Exclusive {
 		l.weak = true // until it is known to be exclusive
-		if l.again(o, Shared) != nil {
+		if l.again(Shared) != nil {
 			return l, ErrUnreadable
 		}
 	}
@@ -82,14 +80,14 @@ func (l *Lock) Weak() bool { return l.weak }
 
 // Harden makes a weak lock exclusive. ErrLocked: somebody else shares it. It may block as long as the disk hangs.
 func (l *Lock) Harden() error {
-	o := l.files.begin("lock", l.path)
-	defer l.files.end(o)
-	err := l.again(o, l.mode)
+	err := l.again(l.mode)
 	l.weak = err != nil
 	return err
 }
 
-func (l *Lock) regainDirect(o *op) error {
+func (l *Lock) regainDirect() error {
+	o := l.files.begin("lock", l.path)
+	defer l.files.end(o)
 	id, err := l.files.stat(o, l.path)
 	if err == nil && id != l.id {
 		err = ErrReplaced
@@ -126,7 +124,9 @@ func (l *Lock) cells() []int {
 }
 
 // again asks for a remote lock once more, in place. ErrLocked: somebody else has it.
-func (l *Lock) again(o *op, mode Mode) error {
+func (l *Lock) again(mode Mode) error {
+	o := l.files.begin("lock", l.path)
+	defer l.files.end(o)
 	answer, err := l.files.pool.call(o, l.mount, l.holder, request{op: workAgain, mode: mode, fds: l.cells()})
 	switch {
 	case err == nil:
@@ -138,7 +138,9 @@ func (l *Lock) again(o *op, mode Mode) error {
 }
 
 // readable tells whether what lies in a cell can be read, or, without one, what is at the path.
-func (l *Lock) readable(o *op, cells []int) bool {
+func (l *Lock) readable(cells []int) bool {
+	o := l.files.begin("check", l.path)
+	defer l.files.end(o)
 	r := request{op: workCheck, fds: cells}
 	if len(cells) == 0 {
 		var errno syscall.Errno

@@ -74,11 +74,9 @@ func TestWeakLock(t *testing.T) {
 	f.openat2 = false
 	path := makeFile(t, t.TempDir()+"/disk", "data")
 	l := mustLock(t, f, path, Exclusive, false)
-	o := f.begin("lock", path)
-	if err := l.again(o, Shared); err != nil {
+	if err := l.again(Shared); err != nil {
 		t.Fatal(err)
 	}
-	f.end(o)
 	l.weak = true
 	wantFaults(t, l, Gone)
 	stranger := mustLock(t, newFiles(t, Config{}), path, Shared, false)

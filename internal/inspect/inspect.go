@@ -243,4 +243,6 @@ type ResumeRequest struct {
 type Released struct {
 	Owner Owner `json:"owner"`
 	Left  int   `json:"left"`
+	// Waiting says that the disk has not answered yet: the lock will be free when it does.
+	Waiting bool `json:"waiting,omitempty"`
 }

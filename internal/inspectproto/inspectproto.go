@@ -8,6 +8,7 @@
 package inspectproto
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -119,6 +120,9 @@ const (
 	maxName = 256
 	// checkTime is about how long one call checks.
 	checkTime = 2 * time.Second
+	// diskTime is how long an administrator's order waits for a disk before it is answered, and grace how long for what has just ended.
+	diskTime = 5 * time.Second
+	grace    = 50 * time.Millisecond
 	// maxCalls is how many calls in progress are told one by one.
 	maxCalls = 32
 )
@@ -296,14 +300,20 @@ func (p *writer) Call(c *rpc.Client, proc uint32, payload, out []byte) ([]byte, 
 
 // release takes a lock from its owner. The log says so, since a guest may go on without protection.
 func (p *writer) release(c *rpc.Client, req *inspect.ReleaseRequest) (*inspect.Released, error) {
-	what := lockspace.Request{Lockspace: string(req.Lockspace), Resource: string(req.Resource), Client: c}
+	what := lockspace.Request{Lockspace: string(req.Lockspace), Resource: string(req.Resource)}
 	var since int64
 	if !req.Since.IsZero() {
 		since = req.Since.UnixNano()
 	}
-	who, left, err := p.cfg.Table.Break(what, req.PID, since)
-	if errors.Is(err, lockspace.ErrSeveral) {
+	ctx, cancel := waitingWith(c)
+	defer cancel()
+	what.Client = ctx
+	who, left, done, err := p.cfg.Table.Break(what, req.PID, since)
+	switch {
+	case errors.Is(err, lockspace.ErrSeveral):
 		err = fmt.Errorf("%w: say which one by its process id", err)
+	case errors.Is(err, lockspace.ErrGone):
+		err = fmt.Errorf("%w: another request works on it, whose disk has not answered; try again", err)
 	}
 	administrator := slog.Group("administrator", slog.Int("pid", int(c.PID())), slog.Uint64("client", c.ID()))
 	if err != nil {
@@ -312,15 +322,60 @@ func (p *writer) release(c *rpc.Client, req *inspect.ReleaseRequest) (*inspect.R
 	}
 	p.cfg.Logger.Warn("a lock was taken from its owner by an administrator; if the guest runs it goes on without protection",
 		"lockspace", what.Lockspace, "resource", what.Resource, "", who, administrator)
-	return &inspect.Released{Owner: describeOwner(who, who.PID), Left: left}, nil
+	reply := &inspect.Released{Owner: describeOwner(who, who.PID), Left: left}
+	select {
+	case <-done:
+	case <-ctx.Done():
+		reply.Waiting = true
+	}
+	return reply, nil
+}
+
+// waitingWith returns a context that ends when an answer can't wait any longer for a disk: after diskTime, when the client has gone, or
+// when a live upgrade waits for the answer.
+func waitingWith(c *rpc.Client) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.Background(), diskTime)
+	go func() {
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for ctx.Err() == nil && !c.Over() && !c.Hurry() {
+			select {
+			case <-ctx.Done():
+			case <-tick.C:
+			}
+		}
+		cancel()
+	}()
+	return ctx, cancel
 }
 
 // resume continues an owner who was stopped because a lock was lost.
 func (p *writer) resume(c *rpc.Client, who string) (*inspect.Owner, error) {
-	d, err := p.cfg.Watcher.Resume(func(o *owner.Owner) bool {
-		d := o.Details()
-		return d.Name == who || d.UUIDString() == who || strconv.Itoa(int(o.PID)) == who
-	})
+	ctx, cancel := waitingWith(c)
+	defer cancel()
+	type answer struct {
+		d   *owner.Details
+		err error
+	}
+	answers := make(chan answer, 1)
+	go func() {
+		d, err := p.cfg.Watcher.Resume(ctx, func(o *owner.Owner) bool {
+			d := o.Details()
+			return d.Name == who || d.UUIDString() == who || strconv.Itoa(int(o.PID)) == who
+		})
+		answers <- answer{d, err}
+	}()
+	d, err := (*owner.Details)(nil), error(watch.ErrNoTime)
+	select {
+	case a := <-answers:
+		d, err = a.d, a.err
+	case <-ctx.Done():
+		select { // it may have been faster
+		case a := <-answers:
+			d, err = a.d, a.err
+		case <-time.After(grace):
+		}
+	}
 	administrator := slog.Group("administrator", slog.Int("pid", int(c.PID())), slog.Uint64("client", c.ID()))
 	if err != nil {
 		p.cfg.Logger.Warn("an owner is not continued, as an administrator wants it", "owner", who, "error", err, administrator)

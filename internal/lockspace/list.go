@@ -247,12 +247,13 @@ var ErrSeveral = errors.New("several owners hold the resource")
 // Break gives up all holds of one owner of a resource in spite of him, by an administrator's order: that of the given
 // pid, or, if there is only one owner, of whoever it is, and only if he holds it since then (Unix time in ns, 0: whenever): the
 // administrator may have thought about somebody who has released it meanwhile. It returns who has lost it, and how many holds
-// are left.
+// are left. What may wait for the disk goes on without the caller: done is closed when it has ended.
 //
 // Errors: as for Release, and ErrSeveral.
-func (t *Table) Break(req Request, pid *int32, since int64) (who *owner.Details, left int, err error) {
-	fail := func(err error) (*owner.Details, int, error) {
-		return nil, 0, &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
+func (t *Table) Break(req Request, pid *int32, since int64) (who *owner.Details, left int, done <-chan struct{}, err error) {
+	ended := make(chan struct{})
+	fail := func(err error) (*owner.Details, int, <-chan struct{}, error) {
+		return nil, 0, nil, &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
 	}
 	t.mu.Lock()
 	_, r, err := t.find(&req)
@@ -275,12 +276,16 @@ func (t *Table) Break(req Request, pid *int32, since int64) (who *owner.Details,
 	}
 	if left = len(r.holders); left > 0 {
 		t.mu.Unlock()
-		return who, left, nil
+		close(ended)
+		return who, left, ended, nil
 	}
 	t.begin(r, releasing)
 	t.mu.Unlock()
-	t.giveUp(r)
-	return who, 0, nil
+	go func() {
+		defer close(ended)
+		t.giveUp(r)
+	}()
+	return who, 0, ended, nil
 }
 
 // ownerOf returns the holder with that pid, or the only one, if he has held it since then. t.mu is held.

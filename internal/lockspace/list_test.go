@@ -149,15 +149,16 @@ func TestBreak(t *testing.T) {
 	a, b := f.number(), f.number()
 	disk := f.touch("disk")
 	pull := func(pid *int32) (string, int, error) {
-		who, left, err := f.Table.Break(Request{Resource: disk}, pid, 0)
+		who, left, done, err := f.Table.Break(Request{Resource: disk}, pid, 0)
 		if err != nil {
 			return "", left, err
 		}
+		<-done
 		return fmt.Sprint(who.PID), left, nil
 	}
 	_, _, err := pull(nil)
 	f.want("break what is free", err, ErrNotLocked)
-	_, _, err = f.Table.Break(Request{Lockspace: "/none", Resource: disk}, nil, 0)
+	_, _, _, err = f.Table.Break(Request{Lockspace: "/none", Resource: disk}, nil, 0)
 	f.want("break in no lockspace", err, ErrNoLockspace)
 	f.want("acquire", f.acquire(disk, Shared, a), nil)
 	f.want("acquire again", f.acquire(disk, Shared, a), nil)

@@ -380,13 +380,14 @@ func owners(holds []lockspace.Holding) (all []*owner.Owner) {
 var (
 	ErrNobody  = errors.New("nobody of that name, UUID or process id holds a lock here")
 	ErrSeveral = errors.New("several owners have that name: say which one by its process id")
+	ErrNoTime  = errors.New("it stays stopped, since its locks could not be looked at in time; see virtlockctl check, and try again")
 )
 
 // Resume continues the owner that is meant, whom this daemon has stopped because a lock was lost, if all of its locks are held: what is
-// lost still is taken again first.
+// lost still is taken again first. It may block as long as a disk hangs, and when ctx is done by then it does nothing more.
 //
-// Errors: ErrNobody, ErrSeveral, owner.ErrNotStopped, or why a lock is not held.
-func (w *Watcher) Resume(meant func(*owner.Owner) bool) (*owner.Details, error) {
+// Errors: ErrNobody, ErrSeveral, ErrNoTime, owner.ErrNotStopped, or why a lock is not held.
+func (w *Watcher) Resume(ctx context.Context, meant func(*owner.Owner) bool) (*owner.Details, error) {
 	var who *owner.Owner
 	err := w.each(func(e *lockspace.Entry) error {
 		for _, o := range owners(e.Holds) {
@@ -414,6 +415,9 @@ func (w *Watcher) Resume(meant func(*owner.Owner) bool) (*owner.Details, error) 
 		}
 		if err := w.ensure(e); err != nil {
 			return fmt.Errorf("it stays stopped, since its lock on %q is not held: %w", e.Path, err)
+		}
+		if ctx.Err() != nil {
+			return ErrNoTime
 		}
 		return nil
 	})

@@ -234,15 +234,15 @@ func TestPauseAndResume(t *testing.T) {
 	is := func(name string) func(*owner.Owner) bool {
 		return func(o *owner.Owner) bool { return o.Details().Name == name }
 	}
-	if _, err := f.Resume(is("a")); err == nil || !strings.Contains(err.Error(), path) || !stopped(p) {
+	if _, err := f.Resume(context.Background(), is("a")); err == nil || !strings.Contains(err.Error(), path) || !stopped(p) {
 		t.Errorf("resumed without lock: %v", err)
 	}
-	if _, err := f.Resume(is("b")); !errors.Is(err, ErrNobody) {
+	if _, err := f.Resume(context.Background(), is("b")); !errors.Is(err, ErrNobody) {
 		t.Errorf("somebody else: %v", err)
 	}
 	free()
 	f.eventually("the owner goes on", func() bool {
-		d, err := f.Resume(is("a"))
+		d, err := f.Resume(context.Background(), is("a"))
 		return err == nil && d.Name == "a"
 	})
 	f.eventually("it runs", func() bool { return !stopped(p) })
@@ -411,7 +411,7 @@ func TestResumeOnlyOurs(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.eventually("it is stopped", func() bool { return stopped(p) })
-	if _, err := f.Resume(func(*owner.Owner) bool { return true }); !errors.Is(err, owner.ErrNotStopped) || !stopped(p) {
+	if _, err := f.Resume(context.Background(), func(*owner.Owner) bool { return true }); !errors.Is(err, owner.ErrNotStopped) || !stopped(p) {
 		t.Errorf("resumed: %v", err)
 	}
 }

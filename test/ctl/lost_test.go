@@ -237,6 +237,59 @@ func TestRegainHangs(t *testing.T) {
 	wantChecks(t, g.h, 601, "")
 }
 
+// An administrator's order that waits for a disk is answered, and keeps nobody from replacing the daemon.
+func TestReleaseOnHungDisk(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	disk := slowdisk.Mount(t, h, "/tmp/slow", slowdisk.Options{Locks: true})
+	_, c := guest(t, h, d, "alpha")
+	must(t, c.Acquire("", "/tmp/slow/a", wire.Autocreate))
+	disk.Hang(slowdisk.Unlink)
+	said := make(chan result, 1)
+	go func() { said <- ctl(t, h, "release", "--yes", "/tmp/slow/a") }()
+	disk.AwaitHang(slowdisk.Unlink)
+	upgrade(t, h, d)
+	if r := <-said; r.exit != ok || !strings.Contains(r.out, "being released: ") || !strings.Contains(r.out, "alpha") {
+		t.Errorf("release: %v", r)
+	}
+	disk.Resume(slowdisk.Unlink)
+	if !host.Eventually(func() bool {
+		var locks []inspect.Lock
+		read(t, h, ok, &locks, "list")
+		return len(locks) == 0 && !disk.Has("a")
+	}) {
+		t.Error("the lock is left")
+	}
+}
+
+// So is the order to continue a guest, who then stays stopped.
+func TestResumeOnHungDisk(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t, "pause")
+	disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
+	disk.Fill("a")
+	must(t, g.c.Acquire("", "/tmp/slow/a", 0))
+	g.fill()
+	disk.Steal("a")
+	g.look()
+	if !host.Eventually(func() bool { return stopped(g.p) }) {
+		t.Fatalf("it is not stopped: %s", host.Shorten(g.d.Stderr()))
+	}
+	disk.Forget("a")
+	disk.Hang(slowdisk.Lock)
+	said := make(chan result, 1)
+	go func() { said <- ctl(t, g.h, "resume", "alpha") }()
+	disk.AwaitHang(slowdisk.Lock)
+	upgrade(t, g.h, g.d)
+	if r := <-said; r.exit != failure || !strings.Contains(r.errs, "in time") || !stopped(g.p) {
+		t.Errorf("resume: %v", r)
+	}
+	disk.Resume(slowdisk.Lock)
+	if !host.Eventually(func() bool { return ctl(t, g.h, "resume", "alpha").exit == ok && !stopped(g.p) }) {
+		t.Error("it stays stopped")
+	}
+}
+
 // watchLock tries to get a lock all the time, until the returned function is called, which says how often that worked.
 func (g *guarded) watchLock(path string) (free func() int) {
 	stop, result := make(chan struct{}), make(chan int)
