@@ -204,12 +204,12 @@ func (d *daemon) returnToVault() {
 	d.storeSettings()
 }
 
-// safe tells whether locks outlive a crash, why not, and how many holds do.
-func (d *daemon) safe() (on bool, why string, holds int) {
+// safe tells whether locks outlive a crash, why not, and how many do.
+func (d *daemon) safe() (on bool, why string, locks int) {
 	if err := d.safety.flaw(); err != nil {
 		return false, err.Error(), 0
 	}
-	return true, "", d.table.Stored()
+	return true, "", d.table.Safe()
 }
 
 // flaw tells why locks do not outlive this process; nil: they do.

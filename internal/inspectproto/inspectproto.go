@@ -38,8 +38,8 @@ type Config struct {
 	Events  *events.Log
 	Checker *verify.Checker
 	Watcher *watch.Watcher
-	// Safe tells whether locks outlive a crash of the daemon, why not, and how many holds do.
-	Safe    func() (on bool, why string, holds int)
+	// Safe tells whether locks outlive a crash of the daemon, why not, and how many do.
+	Safe    func() (on bool, why string, locks int)
 	Servers func() []*rpc.Server
 	Life    func() Life
 	// Dropped is how many log messages were lost.

@@ -222,7 +222,7 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 		}
 		last = cmp.Or(h.cell, last)
 		t.mu.Lock()
-		t.stored += count(cell) - count(h.cell)
+		t.nowStored(r, h.cell, cell)
 		h.cell = cell
 		t.mu.Unlock()
 	}
@@ -232,13 +232,6 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 	if last != nil {
 		t.vault.Load().Return(last)
 	}
-}
-
-func count(cell *vault.Cell) int {
-	if cell == nil {
-		return 0
-	}
-	return 1
 }
 
 // ErrSeveral says that a resource is shared by several owners, one of whom has to be named.

@@ -69,12 +69,14 @@ type resource struct {
 	name    string
 	flags   uint32 // of the first acquisition
 	phase   phase
+	safe    bool // counted as such, see Table.safe
 	lock    *filelock.Lock
 	cell    *vault.Cell   // releasing: what the last hold was stored in, or nil
 	holders []hold        // one for each acquisition
 	settled chan struct{} // made by the first that waits for the end of a phase, closed then
 	alias   *resource     // next in Table.files: another name of the same file
 	slot    int32         // in Table.slots, while it is held or releasing
+	bare    int32         // how many of holders are not stored
 }
 
 func (r *resource) shared() bool { return r.flags&Shared != 0 }
@@ -124,8 +126,9 @@ type Table struct {
 	serial   uint64                        // of the last hold
 	dropped  uint64                        // how many holds have ended
 	held     int                           // names held
-	stored   int                           // holds that have a cell
 	shared   int                           // those of them that are held shared
+	safe     int                           // and those all of whose holds are stored
+	stored   int                           // holds that have a cell
 	adopted  []*resource                   // whose locks the kernel was not asked for yet
 	settles  sync.Cond                     // signalled when a phase ends
 	retired  bool                          // see Retire
@@ -461,11 +464,10 @@ func (t *Table) addHolder(r *resource, h hold) (serial uint64) {
 	h.owner.Retain()
 	t.serial++
 	h.serial = t.serial
-	if h.cell != nil {
-		t.stored++
-	}
 	o := h.owner
 	r.holders = append(r.holders, h)
+	r.bare++
+	t.nowStored(r, nil, h.cell)
 	t.byOwner[o] = append(t.byOwner[o], r)
 	return t.serial
 }

@@ -80,9 +80,9 @@ func (t *Table) unstore(r *resource, cell *vault.Cell) {
 // ended counts a hold that has ended, and takes it out of its cell. t.mu is held.
 func (t *Table) ended(r *resource, cell *vault.Cell) {
 	t.dropped++
-	if cell != nil {
-		t.stored--
-	}
+	t.nowStored(r, cell, nil)
+	r.bare--
+	t.nowStored(r, nil, nil)
 	t.unstore(r, cell)
 }
 
@@ -138,8 +138,8 @@ func (t *Table) storeResource(r *resource) (n int) {
 		t.mu.Unlock()
 		cell := t.store(r, o, vault.Origin{}, r.holders[i].since)
 		t.mu.Lock()
+		t.nowStored(r, nil, cell)
 		if r.holders[i].cell = cell; cell != nil {
-			t.stored++
 			n++
 		}
 		r.phase = held
@@ -219,13 +219,42 @@ func (t *Table) LeaveVault() error {
 		s.cell = nil
 		for _, r := range s.resources {
 			for i := range r.holders {
+				t.nowStored(r, r.holders[i].cell, nil)
 				r.holders[i].cell = nil
 			}
 		}
 	}
-	t.stored = 0
 	t.vault.Store(nil)
 	return nil
+}
+
+// nowStored counts that a hold of r which was stored in one cell is stored in another one now. nil: it is not. t.mu is held.
+func (t *Table) nowStored(r *resource, before, now *vault.Cell) {
+	n := count(now) - count(before)
+	t.stored += n
+	r.bare -= int32(n)
+	if safe := r.bare == 0 && len(r.holders) > 0; safe != r.safe {
+		r.safe = safe
+		if safe {
+			t.safe++
+		} else {
+			t.safe--
+		}
+	}
+}
+
+func count(cell *vault.Cell) int {
+	if cell == nil {
+		return 0
+	}
+	return 1
+}
+
+// Safe returns how many of the resources held are kept beyond the end of the process: all of their holds are stored.
+func (t *Table) Safe() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.safe
 }
 
 // Stored returns how many holds are stored.

@@ -33,20 +33,27 @@ func TestStored(t *testing.T) {
 	f.want("both", f.acquire(both, Shared, o), nil)
 	f.want("both again", f.acquire(both, Shared, o), nil)
 	f.want("lost", f.acquire(lost, 0, long), nil)
-	check := func(unstored uint64, held, stored int) {
+	check := func(unstored uint64, held, stored, safe int) {
 		t.Helper()
 		if u, h, s := f.Unstored(), f.Held(), f.Stored(); u != unstored || h != held || s != stored {
 			t.Errorf("%d could not be stored, %d are held, %d holds are stored; want %d, %d, %d", u, h, s, unstored, held, stored)
+		}
+		if n := f.Safe(); n != safe {
+			t.Errorf("%d are safe, want %d", n, safe)
 		}
 		if _, used := v.Size(); used != stored {
 			t.Errorf("%d cells are in use for %d holds", used, stored)
 		}
 	}
-	check(1, 3, 3)
+	check(1, 3, 3, 2)
+	f.want("share it without store", f.acquire(both, Shared, long), nil)
+	check(2, 3, 3, 1)
+	f.want("release that", f.release(both, long), nil)
+	check(2, 3, 3, 2)
 	f.want("release of one of two", f.release(both, o), nil)
-	check(1, 3, 2)
+	check(2, 3, 2, 2)
 	f.want("release of the other", f.release(both, o), nil)
 	f.want("release", f.release(alone, o), nil)
 	f.want("release of what is not stored", f.release(lost, long), nil)
-	check(1, 0, 0)
+	check(2, 0, 0, 0)
 }
