@@ -20,8 +20,9 @@ type checked struct {
 func check(flags *pflag.FlagSet) func(*tool, []string) error {
 	quiet := flags.BoolP("quiet", "q", false, "say nothing: the exit code is the answer")
 	return func(t *tool, _ []string) error {
-		all := checked{Faulty: []inspect.Finding{}}
-		err := t.ask(func(c *inspectclient.Conn) error {
+		var all checked
+		err := t.readAll(func(c *inspectclient.Conn) error {
+			all = checked{Faulty: []inspect.Finding{}}
 			for part, err := range c.Checks() {
 				if err != nil {
 					return err

@@ -60,8 +60,9 @@ func (f *filter) matches(l *inspect.Lock) bool {
 
 // locks returns the locks that are wanted, in the order of their names.
 func (t *tool) locks(wanted func(*inspect.Lock) bool) ([]inspect.Lock, error) {
-	locks := []inspect.Lock{}
-	err := t.ask(func(c *inspectclient.Conn) error {
+	var locks []inspect.Lock
+	err := t.readAll(func(c *inspectclient.Conn) error {
+		locks = []inspect.Lock{}
 		for l, err := range c.Locks() {
 			if err != nil {
 				return err

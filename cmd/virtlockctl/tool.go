@@ -287,6 +287,19 @@ func (t *tool) ask(f func(*inspectclient.Conn) error) error {
 	return err
 }
 
+// readAll runs f, which reads a list, on a connection, and again if a live upgrade comes meanwhile. f begins anew each time.
+func (t *tool) readAll(f func(*inspectclient.Conn) error) error {
+	const tries = 10
+	return t.ask(func(c *inspectclient.Conn) (err error) {
+		for range tries {
+			if err = f(c); !errors.Is(err, inspectclient.ErrReplaced) {
+				break
+			}
+		}
+		return err
+	})
+}
+
 // printJSON prints a value for scripts.
 func (t *tool) printJSON(v any) error {
 	e := json.NewEncoder(t.out)

@@ -36,8 +36,10 @@ func (e *LocksEncoder) Add(l *Lock) {
 }
 
 // End completes the part and returns it.
-func (e *LocksEncoder) End(next int) []byte {
-	e.b = append(e.b, `],"next":`...)
+func (e *LocksEncoder) End(table int64, next int) []byte {
+	e.b = append(e.b, `],"table":`...)
+	e.b = strconv.AppendInt(e.b, table, 10)
+	e.b = append(e.b, `,"next":`...)
 	e.b = strconv.AppendInt(e.b, int64(next), 10)
 	e.b = append(e.b, '}')
 	size := len(e.b) - e.start - 4

@@ -69,7 +69,8 @@ func Decode(payload []byte, limit uint32, v any) error {
 }
 
 // Part asks for a part of a list: after the last one's Next, 0 for the first, at most so many (0: as many as
-// there may be). Next is 0 in the last part.
+// there may be). Next is 0 in the last part. A part with another Table than the one before it is of another list: after a live
+// upgrade, locks have other places, and who reads has to begin anew.
 type Part struct {
 	From  int `json:"from"`
 	Limit int `json:"limit,omitempty"`
@@ -177,6 +178,7 @@ type File struct {
 // Locks is a part of the locks.
 type Locks struct {
 	Locks []Lock `json:"locks"`
+	Table int64  `json:"table"`
 	Next  int    `json:"next"`
 }
 
@@ -210,6 +212,7 @@ type Events struct {
 type Checks struct {
 	Checked int       `json:"checked"`
 	Faulty  []Finding `json:"faulty"`
+	Table   int64     `json:"table"`
 	Next    int       `json:"next"`
 }
 

@@ -53,7 +53,7 @@ func TestEncodeLocks(t *testing.T) {
 		return Text(rapid.OneOf(rapid.StringMatching(`[a-z/]*`), rapid.String(), rapid.Map(rapid.SliceOf(rapid.Byte()), func(b []byte) string { return string(b) })).Draw(t, "text"))
 	})
 	rapid.Check(t, func(t *rapid.T) {
-		want := Locks{Locks: []Lock{}, Next: rapid.Int().Draw(t, "next")}
+		want := Locks{Locks: []Lock{}, Table: rapid.Int64().Draw(t, "table"), Next: rapid.Int().Draw(t, "next")}
 		e := EncodeLocks([]byte("before"))
 		for range rapid.IntRange(0, 3).Draw(t, "locks") {
 			l := Lock{
@@ -77,7 +77,7 @@ func TestEncodeLocks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := e.End(want.Next); !bytes.Equal(got, b) {
+		if got := e.End(want.Table, want.Next); !bytes.Equal(got, b) {
 			t.Fatalf("got  %q\nwant %q", got, b)
 		}
 	})

@@ -27,6 +27,8 @@ var (
 	// ErrForeign is what the C daemon gives rise to, and one of ours that is older than the program.
 	ErrForeign = errors.New("the daemon does not know this program")
 	ErrLost    = errors.New("the daemon has closed the connection")
+	// ErrReplaced says that a list has to be read anew.
+	ErrReplaced = errors.New("a live upgrade came while a list was read")
 )
 
 // Refused is the answer of a daemon that did not do what it was asked for.
@@ -75,15 +77,21 @@ func (c *Conn) Status() (*inspect.Status, error) {
 	return s, c.call(inspect.ReadProgram, inspect.ProcStatus, nil, s)
 }
 
-// Locks returns all locks, part by part. The first error is the last thing that comes.
+// Locks returns all locks, part by part. The first error is the last thing that comes: ErrReplaced if what came is to be forgotten.
 func (c *Conn) Locks() iter.Seq2[*inspect.Lock, error] {
 	return func(yield func(*inspect.Lock, error) bool) {
+		table := int64(0)
 		for from, more := 0, true; more; {
 			var part inspect.Locks
 			if err := c.call(inspect.ReadProgram, inspect.ProcLocks, &inspect.Part{From: from}, &part); err != nil {
 				yield(nil, err)
 				return
 			}
+			if from > 0 && part.Table != table {
+				yield(nil, ErrReplaced)
+				return
+			}
+			table = part.Table
 			for i := range part.Locks {
 				if !yield(&part.Locks[i], nil) {
 					return
@@ -95,15 +103,21 @@ func (c *Conn) Locks() iter.Seq2[*inspect.Lock, error] {
 	}
 }
 
-// Checks has all locks checked, part by part. The first error is the last thing that comes.
+// Checks has all locks checked, part by part. Errors are as for Locks.
 func (c *Conn) Checks() iter.Seq2[*inspect.Checks, error] {
 	return func(yield func(*inspect.Checks, error) bool) {
+		table := int64(0)
 		for from, more := 0, true; more; {
 			part := new(inspect.Checks)
 			if err := c.call(inspect.ReadProgram, inspect.ProcCheck, &inspect.Part{From: from}, part); err != nil {
 				yield(nil, err)
 				return
 			}
+			if from > 0 && part.Table != table {
+				yield(nil, ErrReplaced)
+				return
+			}
+			table = part.Table
 			if !yield(part, nil) {
 				return
 			}

@@ -147,6 +147,31 @@ func TestPartsThatGoBack(t *testing.T) {
 	})
 }
 
+// What was read of one table does not go with what is read of the next one.
+func TestReplacedWhileRead(t *testing.T) {
+	t.Parallel()
+	against(t, [][]byte{
+		frame(typeReply, 1, 0, value(t, inspect.Locks{Locks: make([]inspect.Lock, 2), Table: 1, Next: 5})),
+		frame(typeReply, 2, 0, value(t, inspect.Locks{Locks: make([]inspect.Lock, 2), Table: 2})),
+		frame(typeReply, 3, 0, value(t, inspect.Checks{Table: 1, Next: 5})),
+		frame(typeReply, 4, 0, value(t, inspect.Checks{Table: 2})),
+	}, 10*time.Second, func(c *Conn) {
+		n, last := 0, error(nil)
+		for _, err := range c.Locks() {
+			n, last = n+1, err
+		}
+		if n != 3 || !errors.Is(last, ErrReplaced) {
+			t.Errorf("%d locks, %v", n, last)
+		}
+		for _, err := range c.Checks() {
+			last = err
+		}
+		if !errors.Is(last, ErrReplaced) {
+			t.Errorf("checks: %v", last)
+		}
+	})
+}
+
 func TestNobodyThere(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -144,10 +144,13 @@ func (p *reader) locks(c *rpc.Client, req *inspect.Part, out []byte) []byte {
 			}
 		}
 		if n, bytes := e.Len(); next == 0 || n >= limit || bytes > maxBytes || c.Over() || c.Hurry() {
-			return e.End(next)
+			return e.End(p.table(), next)
 		}
 	}
 }
+
+// table names the table of this binary: the places in that of another one are others.
+func (p *reader) table() int64 { return p.cfg.Life().Serving.UnixNano() }
 
 // pause keeps whoever looks from taking the processor from those who lock: after each turn it rests for longer than the
 // turn took.
@@ -226,7 +229,7 @@ func describeEvent(e *events.Event) inspect.Event {
 // check checks locks one after the other, as long as the client waits and the time is not up.
 func (p *reader) check(c *rpc.Client, req *inspect.Part) *inspect.Checks {
 	limit, begin := part(req.Limit), time.Now()
-	reply := &inspect.Checks{Faulty: []inspect.Finding{}, Next: req.From}
+	reply := &inspect.Checks{Faulty: []inspect.Finding{}, Table: p.table(), Next: req.From}
 	enough := func() bool { return time.Since(begin) > checkTime || c.Over() || c.Hurry() }
 	for pause := newPause(); ; pause.rest() {
 		var entries []lockspace.Entry
