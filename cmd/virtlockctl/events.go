@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -24,6 +25,11 @@ func showEvents(flags *pflag.FlagSet) func(*tool, []string) error {
 	kinds := flags.StringSliceP("kind", "k", nil, "only these: acquired, released, refused, killed, upgraded, recovered, lost, faulty")
 	after := flags.Uint64("after", 0, "only those with a greater number")
 	return func(t *tool, _ []string) error {
+		for _, k := range *kinds {
+			if _, known := eventColours[k]; !known {
+				return misuse("events: there is no kind %q, only %s", k, strings.Join(slices.Sorted(maps.Keys(eventColours)), ", "))
+			}
+		}
 		s := &stream{tool: t, after: *after, kinds: *kinds}
 		err := t.ask(s.read)
 		for *follow && t.ctx.Err() == nil && (err == nil || s.gone(err)) {
@@ -105,10 +111,10 @@ func (s *stream) print(e *inspect.Event) error {
 		return err
 	}
 	line, err := json.Marshal(e)
-	if err == nil {
-		_, err = fmt.Fprintf(s.out, "%s\n", line)
+	if err != nil {
+		return err
 	}
-	return err
+	return s.writeJSON(append(line, '\n'))
 }
 
 var eventColours = map[string]colour{

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -33,6 +34,22 @@ func clean(s string) string {
 		s = s[n:]
 	}
 	return b.String()
+}
+
+// cleanJSON is clean for JSON, in which encoding/json has left some characters as they are. It stays JSON with the same values.
+func cleanJSON(text []byte) []byte {
+	b := make([]byte, 0, len(text))
+	for _, r := range string(text) {
+		switch high, low := utf16.EncodeRune(r); {
+		case r == '\n' || unicode.IsPrint(r):
+			b = utf8.AppendRune(b, r)
+		case r > 0xffff:
+			b = fmt.Appendf(b, `\u%04x\u%04x`, high, low)
+		default:
+			b = fmt.Appendf(b, `\u%04x`, r)
+		}
+	}
+	return b
 }
 
 func unclean(r rune) bool { return r == '\\' || !unicode.IsPrint(r) }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -262,8 +263,12 @@ func (t *tool) help(args []string) error {
 
 // coloured tells whether an output likes colours (https://no-color.org).
 func coloured(out io.Writer) bool {
+	return os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" && isTerminal(out)
+}
+
+func isTerminal(out io.Writer) bool {
 	f, ok := out.(*os.File)
-	return ok && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" && term.IsTerminal(int(f.Fd()))
+	return ok && term.IsTerminal(int(f.Fd()))
 }
 
 // dial connects to the daemon.
@@ -302,8 +307,21 @@ func (t *tool) readAll(f func(*inspectclient.Conn) error) error {
 
 // printJSON prints a value for scripts.
 func (t *tool) printJSON(v any) error {
-	e := json.NewEncoder(t.out)
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
 	e.SetIndent("", "  ")
-	return e.Encode(v)
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	return t.writeJSON(b.Bytes())
+}
+
+// writeJSON writes JSON text. On a terminal it says the same in characters that do nothing to it.
+func (t *tool) writeJSON(text []byte) error {
+	if isTerminal(t.out) {
+		text = cleanJSON(text)
+	}
+	_, err := t.out.Write(text)
+	return err
 }

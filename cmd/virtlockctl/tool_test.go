@@ -4,11 +4,13 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/spf13/pflag"
 )
@@ -31,6 +33,26 @@ func TestClean(t *testing.T) {
 	} {
 		if got := clean(in); got != want {
 			t.Errorf("%q is shown as %q, want %q", in, got, want)
+		}
+	}
+}
+
+func TestCleanJSON(t *testing.T) {
+	t.Parallel()
+	for _, s := range []string{"", "größe", "a\x1bb\\c\"d", "\u009b31m", "\u202eabc", "\x7f", "\U000e0001x", "\u2028", "a\nb\t"} {
+		text, err := json.MarshalIndent([]string{s}, "", " ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cleaned := cleanJSON(text)
+		var back []string
+		if err := json.Unmarshal(cleaned, &back); err != nil || len(back) != 1 || back[0] != s {
+			t.Errorf("%q becomes %q, %v: %q", s, cleaned, err, back)
+		}
+		for _, r := range string(cleaned) {
+			if r != '\n' && !unicode.IsPrint(r) {
+				t.Errorf("%q becomes %q", s, cleaned)
+			}
 		}
 	}
 }

@@ -164,13 +164,17 @@ func (l *Log) Add(e Event) {
 }
 
 // Since appends events with a number greater than after to into, the oldest first, limit at most. next is
-// the number to ask with the next time, which never becomes smaller. missed is how many of those that are
+// the number to ask with the next time. missed is how many of those that are
 // asked for have left the ring already; who asks with zero wants what there is and has missed nothing.
 func (l *Log) Since(into []Event, after uint64, limit int) (events []Event, next, missed uint64) {
 	next = after
+	if last := l.Last(); after > last {
+		// From a binary before this one whose clock was ahead: everything here is new.
+		next, after = l.base, 1
+	}
 	for first := true; ; first = false {
 		l.mu.Lock()
-		// A number of an earlier binary: everything here is new. One that is yet to come: nothing is.
+		// A number of an earlier binary: everything here is new.
 		oldest := l.last - uint64(len(l.ring))
 		if known := max(next, l.base); known < oldest && (after != 0 || !first) {
 			missed += oldest - known

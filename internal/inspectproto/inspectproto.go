@@ -230,12 +230,16 @@ func describeEvent(e *events.Event) inspect.Event {
 func (p *reader) check(c *rpc.Client, req *inspect.Part) *inspect.Checks {
 	limit, begin := part(req.Limit), time.Now()
 	reply := &inspect.Checks{Faulty: []inspect.Finding{}, Table: p.table(), Next: req.From}
-	enough := func() bool { return time.Since(begin) > checkTime || c.Over() || c.Hurry() }
+	size := inspect.EncodeLocks(nil) // of what is found
+	enough := func() bool {
+		_, bytes := size.Len()
+		return bytes > maxBytes || time.Since(begin) > checkTime || c.Over() || c.Hurry()
+	}
 	for pause := newPause(); ; pause.rest() {
 		var entries []lockspace.Entry
 		entries, reply.Next = p.cfg.Table.List(reply.Next, min(turn, limit-reply.Checked))
 		for i := range entries {
-			p.checkOne(&entries[i], reply)
+			p.checkOne(&entries[i], reply, size)
 			if enough() && i+1 < len(entries) {
 				reply.Next = entries[i].Slot + 1
 				break
@@ -247,13 +251,14 @@ func (p *reader) check(c *rpc.Client, req *inspect.Part) *inspect.Checks {
 	}
 }
 
-func (p *reader) checkOne(e *lockspace.Entry, reply *inspect.Checks) {
+func (p *reader) checkOne(e *lockspace.Entry, reply *inspect.Checks, size *inspect.LocksEncoder) {
 	reply.Checked++
 	found := p.cfg.Checker.Check(e)
 	if len(found) == 0 {
 		return
 	}
 	f := inspect.Finding{Lock: describe(e)}
+	size.Add(&f.Lock)
 	for _, problem := range found {
 		f.Problems = append(f.Problems, inspect.Problem{Kind: string(problem.Kind), Text: inspect.Text(problem.Text)})
 	}

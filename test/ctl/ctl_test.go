@@ -395,7 +395,7 @@ func TestUnreachable(t *testing.T) {
 func TestUsage(t *testing.T) {
 	t.Parallel()
 	h := host.New(t)
-	for _, line := range []string{"", "none", "list extra", "who", "who a b", "list --none", "list -o xml", "list -m both", "release", "completion", "completion csh", "--none", "help none", "top", "top -i 1ms", "release --yes --pid 9999999999 x"} {
+	for _, line := range []string{"", "none", "list extra", "who", "who a b", "list --none", "list -o xml", "list -m both", "release", "completion", "completion csh", "--none", "help none", "top", "top -i 1ms", "release --yes --pid 9999999999 x", "events --kind lsot", "events -k lost,lsot"} {
 		r := want(t, h, usage, strings.Fields(line)...)
 		if !strings.Contains(r.errs, "hint: ") || r.out != "" {
 			t.Errorf("%q: %v", line, r)
