@@ -78,8 +78,7 @@ func TestOtherBinary(t *testing.T) {
 	if len(got) != 1 || got[0].Kind != Upgraded || missed != 0 || next != l.last {
 		t.Errorf("%d events, missed %d", len(got), missed)
 	}
-	// A number that is yet to come, from whomever.
-	// Its clock may have been ahead.
+	// A number that is yet to come is that of one whose clock was ahead.
 	if got, next, missed := l.Since(nil, l.last+1000, 100); len(got) != 1 || next != l.last || missed != 0 {
 		t.Errorf("%d events after one that is ahead, next %d, %d missed", len(got), next, missed)
 	}

@@ -73,7 +73,14 @@ func (g *guarded) told(kind, reason, text string) bool {
 }
 
 // eventually waits for longer than the daemon does before it believes that a path leads elsewhere.
-func eventually(ok func() bool) bool { return host.Eventually(ok) || host.Eventually(ok) }
+func eventually(ok func() bool) bool {
+	for range 2 {
+		if host.Eventually(ok) {
+			return true
+		}
+	}
+	return false
+}
 
 // counted insists on metrics.
 func (g *guarded) counted(lines ...string) {
