@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"os"
 	"sync"
 	"syscall"
@@ -172,13 +173,13 @@ func (d *Disk) pass(op Op) {
 // Add makes an empty file.
 func (d *Disk) Add(name string) {
 	ctx := context.Background()
-	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, locks: map[uint64]uint32{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
+	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, locks: map[uint64]lock{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
 }
 
 // Fill makes a file with something in it.
 func (d *Disk) Fill(name string) {
 	ctx := context.Background()
-	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, size: 4096, locks: map[uint64]uint32{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
+	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, size: 4096, locks: map[uint64]lock{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
 }
 
 // Tear makes every read fail from now on, as one does whose server has taken the lock away.
@@ -202,7 +203,7 @@ func (d *Disk) Steal(name string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	clear(f.locks)
-	f.locks[0] = syscall.F_WRLCK
+	f.locks[0] = lock{typ: syscall.F_WRLCK}
 }
 
 // FailWrites makes every write fail in that way from now on; 0: none.
@@ -292,9 +293,15 @@ type file struct {
 	size uint64
 
 	mu      sync.Mutex
-	locks   map[uint64]uint32 // type (F_RDLCK, F_WRLCK) by owner
-	opened  handle            // the last one
-	expired handle            // this one and those before it are
+	locks   map[uint64]lock // by owner
+	opened  handle          // the last one
+	expired handle          // this one and those before it are
+}
+
+// lock covers the whole file.
+type lock struct {
+	typ uint32 // F_RDLCK, F_WRLCK
+	by  handle // it was asked for
 }
 
 // handle is an open file, numbered from 1.
@@ -309,6 +316,7 @@ func (f *file) handle() handle {
 
 var (
 	_ fs.NodeOpener    = (*file)(nil)
+	_ fs.NodeReleaser  = (*file)(nil)
 	_ fs.NodeGetattrer = (*file)(nil)
 	_ fs.NodeReader    = (*file)(nil)
 	_ fs.NodeGetlker   = (*file)(nil)
@@ -332,17 +340,26 @@ func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Err
 	return f.handle(), 0, 0
 }
 
+// Release implements fs.NodeReleaser. The kernel unlocks nothing when an open file description goes that has a lock of a disk that decides
+// itself: it leaves that to the disk. So does a process that was killed while it waited for a lock, which is granted all the same.
+func (f *file) Release(_ context.Context, fh fs.FileHandle) syscall.Errno {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	maps.DeleteFunc(f.locks, func(_ uint64, l lock) bool { return l.by == fh.(handle) })
+	return 0
+}
+
 // Getattr implements fs.NodeGetattrer.
 func (f *file) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
 	f.fill(&out.Attr)
 	return 0
 }
 
-// conflict returns another owner's lock that excludes one of type typ. Every lock covers the whole file.
+// conflict returns the type of another owner's lock that excludes one of type typ.
 func (f *file) conflict(owner uint64, typ uint32) (uint32, bool) {
-	for o, t := range f.locks {
-		if o != owner && (t == syscall.F_WRLCK || typ == syscall.F_WRLCK) {
-			return t, true
+	for o, l := range f.locks {
+		if o != owner && (l.typ == syscall.F_WRLCK || typ == syscall.F_WRLCK) {
+			return l.typ, true
 		}
 	}
 	return 0, false
@@ -361,7 +378,7 @@ func (f *file) Getlk(_ context.Context, _ fs.FileHandle, owner uint64, lk *fuse.
 }
 
 // Setlk implements fs.NodeSetlker.
-func (f *file) Setlk(_ context.Context, _ fs.FileHandle, owner uint64, lk *fuse.FileLock, _ uint32) syscall.Errno {
+func (f *file) Setlk(_ context.Context, fh fs.FileHandle, owner uint64, lk *fuse.FileLock, _ uint32) syscall.Errno {
 	if lk.Typ != syscall.F_UNLCK {
 		f.disk.pass(Lock)
 	}
@@ -374,7 +391,7 @@ func (f *file) Setlk(_ context.Context, _ fs.FileHandle, owner uint64, lk *fuse.
 	if _, ok := f.conflict(owner, lk.Typ); ok {
 		return syscall.EAGAIN
 	}
-	f.locks[owner] = lk.Typ
+	f.locks[owner] = lock{lk.Typ, fh.(handle)}
 	return 0
 }
 

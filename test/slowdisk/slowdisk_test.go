@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
 )
@@ -55,5 +57,30 @@ func TestHang(t *testing.T) {
 				t.Errorf("file is there: %v", got)
 			}
 		})
+	}
+}
+
+// What is closed is unlocked, and nothing else.
+func TestRelease(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	disk := Mount(t, h, "/tmp/slow", Options{Locks: true})
+	disk.Add("a")
+	var files [2]*os.File
+	h.Must(func() (err error) {
+		for i := range files {
+			if files[i], err = os.OpenFile("/tmp/slow/a", os.O_RDWR, 0); err != nil {
+				return err
+			}
+		}
+		return unix.FcntlFlock(files[0].Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1})
+	})
+	files[1].Close()
+	if !disk.Locked("a") {
+		t.Error("the lock went with another descriptor of the file")
+	}
+	files[0].Close()
+	if !host.Eventually(func() bool { return !disk.Locked("a") }) {
+		t.Error("the lock outlives its descriptor")
 	}
 }

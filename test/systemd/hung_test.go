@@ -23,7 +23,13 @@ type rig struct {
 	path  func(string) string // as the test sees it
 	guest func() (alive func() bool, conn *wire.Conn)
 	pid   func() int // of the daemon
-	ends  map[string]func()
+	ends  []end
+}
+
+// end is a way in which the daemon ends.
+type end struct {
+	how string
+	do  func()
 }
 
 // With calls that hang on a disk, whose server has read them and sits on them, a daemon that dies or is restarted is followed by one
@@ -40,9 +46,11 @@ func TestCrashWithHungDisk(t *testing.T) {
 				g := m.Guest()
 				return g.Alive, g.Client()
 			},
-			ends: map[string]func(){
-				"kill":    func() { m.Signal("KILL") },
-				"restart": func() { m.Systemctl("restart", Service) },
+			ends: []end{
+				{"kill", func() { m.Signal("KILL") }},
+				{"restart", func() { m.Systemctl("restart", Service) }},
+				// As memory that has run out does with OOMPolicy=kill. It comes last, since it leaves no worker process that could undo anything.
+				{"kill of all", func() { m.Systemctl("kill", "--kill-whom=all", "--signal=KILL", Service) }},
 			},
 		})
 	})
@@ -73,13 +81,11 @@ func TestCrashWithHungDisk(t *testing.T) {
 				}
 				return func() bool { return !p.Dead() }, c
 			},
-			ends: map[string]func(){
-				"kill": func() {
-					if err := unix.Kill(pid(), unix.SIGKILL); err != nil {
-						t.Fatal(err)
-					}
-				},
-			},
+			ends: []end{{"kill", func() {
+				if err := unix.Kill(pid(), unix.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+			}}},
 		})
 	})
 }
@@ -131,10 +137,11 @@ func crashWithHungDisk(t *testing.T, r rig) {
 		disks[op].AwaitHang(op)
 	}
 
-	for how, end := range r.ends {
+	for _, end := range r.ends {
+		how := end.how
 		for range 2 {
 			before, begin := r.pid(), time.Now()
-			end()
+			end.do()
 			if !host.Eventually(func() bool { now := r.pid(); return now != 0 && now != before }) {
 				t.Fatalf("%s: there is no process after %d", how, before)
 			}
