@@ -37,6 +37,8 @@ type ProcessOptions struct {
 	NewPIDNamespace bool
 	// Zombie leaves it unreaped when it ends, until Reap.
 	Zombie bool
+	// Credential makes it somebody else's. It does not go with PID.
+	Credential *syscall.Credential
 }
 
 // Process is a process in a host's namespace that plays the part of a virtual machine, a libvirtd, or an outsider
@@ -91,7 +93,7 @@ func (h *Host) Spawn(o ProcessOptions) *Process {
 		Stdout:      os.Stderr,
 		Stderr:      os.Stderr,
 		ExtraFiles:  []*os.File{theirs, lifeR},
-		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
+		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: o.Credential},
 	}
 	if o.NewPIDNamespace {
 		p.cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWPID

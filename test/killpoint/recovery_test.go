@@ -33,9 +33,10 @@ func startManaged(t testing.TB) *managed {
 	return m
 }
 
-// kill ends the daemon.
+// kill ends the daemon, once it has nothing to do.
 func (m *managed) kill() {
 	m.t.Helper()
+	settled(m.t, m.PID())
 	must(m.t, unix.Kill(m.PID(), unix.SIGKILL))
 	m.Wait()
 }

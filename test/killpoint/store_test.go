@@ -36,17 +36,26 @@ func says(t testing.TB, d *host.Daemon, words ...string) {
 	}
 }
 
-// status is what virtlockctl says.
+// status is what virtlockctl says of the daemon.
 func status(t testing.TB, h *host.Host) string {
+	t.Helper()
+	return tool(t, h, nil, nil, "status")
+}
+
+// tool runs virtlockctl, as a user, and returns what it prints.
+func tool(t testing.TB, h *host.Host, user *syscall.Credential, env []string, args ...string) string {
 	t.Helper()
 	path := host.Ctl(t)
 	h.Expose(path)
-	cmd := &exec.Cmd{Path: path, Args: []string{"virtlockctl", "status"}, Env: []string{"LANG=C"}, Dir: host.Cwd}
+	cmd := &exec.Cmd{
+		Path: path, Args: append([]string{"virtlockctl"}, args...), Env: append([]string{"LANG=C"}, env...), Dir: host.Cwd,
+		SysProcAttr: &syscall.SysProcAttr{Credential: user},
+	}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	h.Must(cmd.Start)
 	if err := cmd.Wait(); err != nil {
-		t.Logf("virtlockctl status: %v", err) // its exit code says that something is not as it should be
+		t.Logf("virtlockctl %s: %v", args, err) // its exit code says that something is not as it should be
 	}
 	return out.String()
 }

@@ -148,6 +148,18 @@ func (m *Manager) Kept(name string) (n int) {
 	return n
 }
 
+// Use calls f with a descriptor that it keeps under a name.
+func (m *Manager) Use(name string, f func(fd int) error) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, it := range m.items {
+		if it.name == name {
+			return f(int(it.file.Fd()))
+		}
+	}
+	return fmt.Errorf("the manager keeps no %s", name)
+}
+
 // Said returns how often it was told this.
 func (m *Manager) Said(line string) (n int) {
 	m.mu.Lock()
