@@ -190,13 +190,24 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		d.reportRecovery(locks, clients)
 		return
 	}
-	d.log.Info("live upgrade: this binary has taken over", args...)
 	d.reportUpgrade(locks, clients)
-	if l := d.safety.link; l != nil && s.Frozen != 0 { // not from the C daemon, which had none
-		if err := l.Reexec(); err != nil {
-			d.log.Warn("live upgrade: the keeper goes on as the binary that it was", "error", err)
-		}
+	told := func() { d.log.Info("live upgrade: this binary has taken over", args...) }
+	l, store := d.safety.link, d.safety.store
+	if l == nil || s.Frozen == 0 { // the C daemon had none
+		told()
+		return
 	}
+	// An operator who waits for this line may stop the daemon then, which is not to meet a keeper that is about to hear nothing.
+	err := l.Reexec()
+	go func() {
+		if err == nil {
+			err = store.Barrier(storeTime)
+		}
+		if err != nil {
+			d.log.Warn("live upgrade: the keeper goes on as the binary that it was, or is not there yet", "error", err)
+		}
+		told()
+	}()
 }
 
 // reapStrays waits for the children that the program before this one has left: workers, most of which have ended with

@@ -381,8 +381,9 @@ func (k *keeper) forward() (code int, end bool) {
 // goOn runs the installed binary in our place, with everything that we have. It returns if that didn't work, and then everything is as
 // it was.
 //
-// A signal to be forwarded that comes between here and the new keeper's listen is lost: to be ignored, and not deadly, is all that can
-// be had for it.
+// A signal to be forwarded that comes between here and the new keeper's listen, a millisecond or two, is lost: it is ignored until the
+// run-time of the new program installs its handlers, whatever is set here, and deadly from then on. The run-time lets none of those that ask for the end
+// be held back over exec. Whoever waits for a barrier behind its wish for another binary does not get there.
 func (k *keeper) goOn() {
 	signal.Ignore(forwarded...)
 	// Stop returns when all that came before has arrived in the channels.

@@ -96,7 +96,8 @@ func (l *Link) Notifier() systemd.Notifier {
 }
 
 // Reexec asks the keeper to go on as the binary that is installed now, for example after a live upgrade of the daemon. It keeps
-// everything, and its pid. If that binary can't be run it goes on as it is; if it can't keep, the keeper ends.
+// everything, and its pid. If that binary can't be run it goes on as it is; if it can't keep, the keeper ends. A barrier sent afterwards
+// is answered when that is over.
 func (l *Link) Reexec() error { return l.Notifier().Send("KEEPER_REEXEC=1") }
 
 // Close closes the pidfd.

@@ -84,12 +84,13 @@ func (k *keeper) bind() error {
 	return err
 }
 
-// receive works off the messages that have come.
+// receive works off the messages that have come. What is sent after the wish for another binary is that one's business: so a barrier
+// behind it is answered when that binary works.
 func (k *keeper) receive() {
 	if k.in.control == nil {
 		k.in.control = make([]byte, unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4*maxStored))
 	}
-	for range maxRound {
+	for i := 0; i < maxRound && !k.reexec; i++ {
 		// Who sent it comes first: anybody can send, and a stranger's descriptor is never taken out, since to close it could hang.
 		who := k.in.control[:unix.CmsgSpace(unix.SizeofUcred)]
 		_, n, _, _, err := unix.Recvmsg(k.notify, k.in.data[:1], who, unix.MSG_PEEK)

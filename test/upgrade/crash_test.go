@@ -121,6 +121,23 @@ func TestKeeperKilled(t *testing.T) {
 	eventually(t, "both have ended", func() bool { return parentOf(keeper) == 0 && parentOf(daemon) == 0 })
 }
 
+// A live upgrade is told when the keeper has followed, so that who waits for that can stop the daemon, by whichever of the two.
+func TestStopAfterUpgrade(t *testing.T) {
+	t.Parallel()
+	for range 5 {
+		m := startKept(t)
+		locks := m.hold()
+		must(t, unix.Kill(m.pidOf(), unix.SIGUSR1))
+		m.says(" info : ", "live upgrade: this binary has taken over")
+		if code := m.Stop(); code != 0 {
+			t.Errorf("the keeper ends with %d\n%s", code, host.Shorten(m.Stderr()))
+		}
+		if m.Exists(pidFile) || !m.Free(locks.paths[0], true) {
+			t.Errorf("the daemon goes on\n%s", host.Shorten(m.Stderr()))
+		}
+	}
+}
+
 // If both are killed at once the locks are lost, and the next daemon says which.
 func TestBothKilled(t *testing.T) {
 	t.Parallel()
