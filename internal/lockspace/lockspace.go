@@ -479,7 +479,10 @@ func (t *Table) dropHolder(r *resource, i int, why events.Reason) {
 	r.holders = slices.Delete(r.holders, i, i+1)
 	t.ended(r, cell)
 	of := t.byOwner[o]
-	j := slices.Index(of, r)
+	j := len(of) - 1
+	for of[j] != r { // from the end: what was locked last is often released first
+		j--
+	}
 	of[j] = of[len(of)-1]
 	of[len(of)-1] = nil
 	if of = of[:len(of)-1]; len(of) == 0 {

@@ -59,13 +59,16 @@ type Watcher struct {
 	cfg Config
 
 	mu     sync.Mutex
-	locks  map[name]*watched
-	acting map[string]int // how many locks are being taken again, by mount
+	locks  map[name]*watched // those that were not found to be as they should be; there may be many others
+	before time.Time         // when the last pass began; all others were looked at since, and were fine
+	acting map[string]int    // how many locks are being taken again, by mount
 }
 
 type name struct{ lockspace, resource string }
 
-// watched is a lock as it was found lately. Its fields are owned by Watcher.mu.
+func nameOf(e *lockspace.Entry) name { return name{e.Lockspace, e.Resource} }
+
+// watched is a lock that is not as it should be, or of which that is not known. Its fields are owned by Watcher.mu.
 type watched struct {
 	lock *filelock.Lock // another one is another lock
 	good time.Time      // when it was last seen to be held
@@ -109,7 +112,7 @@ func (w *Watcher) Run(ctx context.Context) {
 				return
 			}
 		}
-		w.forget(pass)
+		w.forget(pass, begin)
 		if !rest(ctx, w.cfg.Pass-time.Since(begin)) {
 			return
 		}
@@ -125,10 +128,11 @@ func rest(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// forget forgets locks that are not held any more.
-func (w *Watcher) forget(pass uint64) {
+// forget ends a pass that has begun then, and forgets locks that are not held any more.
+func (w *Watcher) forget(pass uint64, begin time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.before = begin
 	for n, l := range w.locks {
 		if l.seen != pass && !l.busy {
 			delete(w.locks, n)
@@ -178,12 +182,14 @@ func (w *Watcher) look(ctx context.Context, e *lockspace.Entry, pass uint64) {
 	defer w.mu.Unlock()
 	switch {
 	case !known:
+		w.locks[nameOf(e)] = l
 	case lost == "":
 		if l.told != fine {
 			w.cfg.Logger.Warn("a lock that was lost is as it should be again", "path", e.Path, "", e.Holds[0].Owner.Details())
 		}
-		l.told, l.good = fine, now
+		delete(w.locks, nameOf(e))
 	default:
+		w.locks[nameOf(e)] = l
 		l.busy = true
 		free, told := now.Sub(l.good), l.told
 		go func() {
@@ -202,14 +208,15 @@ func (w *Watcher) look(ctx context.Context, e *lockspace.Entry, pass uint64) {
 func (w *Watcher) watched(e *lockspace.Entry, pass uint64) *watched {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	n := name{e.Lockspace, e.Resource}
-	l := w.locks[n]
+	l := w.locks[nameOf(e)]
 	if l == nil || l.lock != e.Lock && !l.busy {
 		l = &watched{lock: e.Lock, good: time.Unix(0, e.Holds[0].Since)}
 		if e.Holds[0].Since == 0 { // not known
 			l.good = time.Now()
 		}
-		w.locks[n] = l
+		if l.good.Before(w.before) {
+			l.good = w.before
+		}
 	}
 	l.seen = pass
 	if l.busy {

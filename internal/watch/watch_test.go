@@ -374,31 +374,55 @@ func TestNotTakenAgainYet(t *testing.T) {
 	}
 }
 
-// A lock is the same one when the first of those who share it has gone.
+// A lock of which something was told is the same one when the first of those who share it has gone.
 func TestSharersGo(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, Log)
 	first, path := f.guest("a", lockspace.Shared)
 	second, _ := f.guest("b", 0)
 	f.acquire(second, "b", path, lockspace.Shared)
-	lookAt := func() *watched {
-		entries, _ := f.cfg.Table.List(0, 100)
-		for i := range entries {
-			if entries[i].Path == path {
-				return f.watched(&entries[i], 0)
-			}
-		}
-		t.Fatal("it is not listed")
-		return nil
-	}
-	before := lookAt()
+	w := New(f.cfg) // another one, that does not run
+	before := w.watched(f.entry(path), 1)
+	w.locks[nameOf(f.entry(path))] = before
 	_ = first.Process.Kill()
-	f.eventually("the first has gone", func() bool {
-		entries, _ := f.cfg.Table.List(0, 100)
-		return len(entries) == 2 && len(entries[0].Holds) == 1
-	})
-	if lookAt() != before {
+	f.eventually("the first has gone", func() bool { return len(f.entry(path).Holds) == 1 })
+	if w.watched(f.entry(path), 2) != before {
 		t.Error("it is taken for another lock")
+	}
+}
+
+// entry is what the table lists of a lock.
+func (f *fixture) entry(path string) *lockspace.Entry {
+	f.Helper()
+	entries, _ := f.cfg.Table.List(0, 100)
+	for i := range entries {
+		if entries[i].Path == path {
+			return &entries[i]
+		}
+	}
+	f.Fatalf("%s is not listed", path)
+	return nil
+}
+
+// Nothing is kept of a lock that is as it should be: if it is lost, it was good when the last pass began, or when it was acquired since.
+func TestGoodLocks(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, Log)
+	_, path := f.guest("a", 0)
+	w := New(f.cfg) // another one, that does not run
+	e := f.entry(path)
+	acquired := time.Unix(0, e.Holds[0].Since)
+	if l := w.watched(e, 1); !l.good.Equal(acquired) {
+		t.Errorf("good at %v, acquired at %v", l.good, acquired)
+	}
+	w.look(t.Context(), e, 1)
+	if len(w.locks) != 0 {
+		t.Errorf("%d locks are kept", len(w.locks))
+	}
+	begin := time.Now()
+	w.forget(1, begin)
+	if l := w.watched(e, 2); !l.good.Equal(begin) {
+		t.Errorf("good at %v, the last pass began at %v", l.good, begin)
 	}
 }
 
