@@ -149,7 +149,7 @@ func Main(args []string) int {
 		notify: systemd.NewNotifier(), asked: make(chan struct{}, 1),
 		left: left, startTime: time.Now().UnixNano(), cause: "live upgrade: ",
 	}
-	d.safety.link, d.safety.why = link, noKeeper
+	d.safety.link, d.safety.why, d.safety.again = link, noKeeper, make(chan struct{}, 1)
 	return d.main(err)
 }
 
@@ -303,11 +303,11 @@ func (d *daemon) start(fault error) (err error) {
 	undo(d.closeLogs)
 	d.log = d.category("locking.lock_daemon")
 	passed, passedErr := systemd.Descriptors(os.Getpid())
-	root, passed := vaultRoot(passed)
-	if root >= 0 && d.left.snapshot == nil {
-		if d.found, err = d.recoverVault(root); err != nil {
-			return err
-		}
+	roots, passed := vaultRoots(passed)
+	if d.found, err = d.recoverVault(roots); err != nil {
+		return err
+	}
+	if d.found != nil { // whatever a state file says: a root is passed to a new process only
 		d.cause = "recovery: "
 		d.left = legacy{snapshot: d.found.snapshot, served: true, inherited: opened(d.found.snapshot)}
 	}
@@ -765,7 +765,7 @@ func (d *daemon) serve() (code int, ended bool) {
 	d.tellSystemd("READY=1")
 	d.waiting.report(exitOK, "")
 
-	go d.watchKeeper(ctx)
+	go d.guard(ctx)
 	signalled := false
 	upgrade := d.signals.upgrade // nil while one is being prepared; the next one waits
 	prepared := make(chan *successor, 1)

@@ -3,15 +3,14 @@
 package daemon
 
 import (
-	"context"
 	"errors"
-	"fmt"
 	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/keeper"
+	"virtlockd/internal/systemd"
 )
 
 // adoptTime bounds the start of a keeper by a daemon that has lost its own.
@@ -32,10 +31,15 @@ func keeperConfig(waiting *reporter) keeper.Config {
 // meetKeeper tells of the keeper that started us, and why it did.
 func (d *daemon) meetKeeper() {
 	l := d.safety.link
+	d.safety.wanted = l != nil || d.options.wantsKeeper() // by way of the C daemon the option is lost
 	if l == nil {
 		if err := d.safety.why; err != nil {
 			d.log.Error("there is no keeper", "error", err)
 		}
+		return
+	}
+	if l.PIDFD < 0 {
+		d.loseKeeper(l)
 		return
 	}
 	d.notify = l.Notifier()
@@ -51,74 +55,44 @@ func (d *daemon) startKeeper() error {
 	c.Dir = d.startDir
 	l, err := keeper.Adopt(c, adoptTime)
 	if err != nil {
-		return fmt.Errorf("start a keeper: %w", err)
+		return err
 	}
 	d.safety.mu.Lock()
-	d.safety.link, d.safety.store = l, l.Notifier()
-	d.notify = l.Notifier()
-	d.safety.mu.Unlock()
+	defer d.safety.mu.Unlock()
+	d.safety.link, d.safety.store, d.safety.proved = l, l.Notifier(), false
+	d.notify = d.safety.store
 	return nil
 }
 
+// loseKeeper forgets a keeper that has ended.
+func (d *daemon) loseKeeper(l *keeper.Link) {
+	d.log.Error("the keeper has ended; until there is another one a crash of this daemon would lose all locks", "keeper", l.PID)
+	d.safety.mu.Lock()
+	d.safety.link, d.safety.store, d.safety.proved = nil, systemd.Notifier{}, false
+	d.notify = systemd.Notifier{}
+	d.safety.why = errKeeperEnded
+	d.safety.mu.Unlock()
+	l.Close()
+}
+
 // errKeeperEnded says what there is instead of a keeper.
-var errKeeperEnded = errors.New("the keeper has ended, and no other one could be started")
+var errKeeperEnded = errors.New("the keeper has ended, and there is no other one yet")
 
 // keeperEnd is closed when a keeper has ended. It is the handler of its pidfd, which is called once.
 type keeperEnd chan struct{}
 
 func (e keeperEnd) Ready(uint32) { close(e) }
 
-// watchKeeper starts another keeper when the one that we have ends, until ctx does.
-func (d *daemon) watchKeeper(ctx context.Context) {
-	for l := d.safety.keeper(); l != nil; l = d.safety.keeper() {
-		if err := d.awaitKeeper(ctx, l); ctx.Err() != nil {
-			return
-		} else if err != nil {
-			d.log.Error("the end of the keeper will not be noticed", "keeper", l.PID, "error", err)
-			return
-		}
-		d.log.Error("the keeper has ended; until there is another one a crash of this daemon would lose all locks", "keeper", l.PID)
-		l.Close()
-		if err := d.changeKeeper(); err != nil {
-			d.log.Error("locks are lost if this daemon crashes", "error", err)
-			d.safety.mu.Lock()
-			d.safety.why = errors.Join(errKeeperEnded, err)
-			d.safety.link = nil
-			d.safety.mu.Unlock()
-			return
-		}
-		d.log.Info("another keeper has everything", "keeper", d.safety.keeper().PID)
+// watchKeeper returns what is closed when the keeper, if there is one, has ended, and what ends the watch.
+func (d *daemon) watchKeeper(l *keeper.Link) (ended <-chan struct{}, unwatch func()) {
+	if l == nil {
+		return nil, func() {}
 	}
-}
-
-// awaitKeeper returns when the keeper has ended, or ctx has.
-func (d *daemon) awaitKeeper(ctx context.Context, l *keeper.Link) error {
-	if l.PIDFD < 0 {
-		return nil
-	}
-	end := make(keeperEnd)
-	token, err := d.poller.Add(l.PIDFD, unix.EPOLLIN|unix.EPOLLONESHOT, end)
+	fd, end := l.PIDFD, make(keeperEnd)
+	token, err := d.poller.Add(fd, unix.EPOLLIN|unix.EPOLLONESHOT, end)
 	if err != nil {
-		return err
+		d.log.Error("the end of the keeper will not be noticed", "keeper", l.PID, "error", err)
+		return nil, func() {}
 	}
-	select {
-	case <-ctx.Done():
-	case <-end:
-	}
-	_ = d.poller.Remove(token, l.PIDFD) // its end or ours is what counts
-	return nil
-}
-
-// changeKeeper gives the vault to a new keeper.
-func (d *daemon) changeKeeper() error {
-	if err := d.startKeeper(); err != nil {
-		return err
-	}
-	d.safety.mu.Lock()
-	v, store := d.safety.vault, d.safety.store
-	d.safety.mu.Unlock()
-	if v == nil {
-		return nil
-	}
-	return entrust(store, v)
+	return end, func() { _ = d.poller.Remove(token, fd) } // its end or ours is what counts
 }

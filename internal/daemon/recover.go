@@ -59,14 +59,14 @@ type dismissed struct {
 // process that dies here leaves everything to the next one.
 //
 // An error says that not everything could be opened; then the daemon must not serve anybody, and locks stay held by the vault itself.
-func (d *daemon) recoverVault(root int) (*recovery, error) {
-	v, err := vault.Open(root)
+// Without error and recovery there was nothing.
+func (d *daemon) recoverVault(roots []int) (*recovery, error) {
+	v, found, err := d.openVault(roots)
 	if err != nil {
 		return nil, fmt.Errorf("what a daemon that has ended has left can't be taken over, and its locks stay held until it can: %w", err)
 	}
-	found, err := v.Contents()
-	if err != nil {
-		return nil, err
+	if v == nil {
+		return nil, nil
 	}
 	r := &recovery{
 		vault: v, owners: map[ownerKey]int32{}, ended: map[int32]bool{}, resources: map[resourceKey]*state.Resource{}, progress: map[uint64]rpc.Progress{},
@@ -116,6 +116,59 @@ func (d *daemon) recoverVault(root int) (*recovery, error) {
 	}
 	r.complete(spaces)
 	return r, nil
+}
+
+// openVault opens the vault of those roots, and reads its records. There is one root; if there are more after all, the vault that was used
+// last is taken. nil: none holds anything.
+func (d *daemon) openVault(roots []int) (v *vault.Vault, found []vault.Found, err error) {
+	latest := int64(-1)
+	for _, root := range roots {
+		one, records, fault := readVault(root)
+		switch age := takeovers(records); {
+		case errors.Is(fault, vault.ErrEmpty):
+			d.log.Error("recovery: a vault was passed that a daemon has given up; it holds nothing")
+			unix.Close(root)
+		case errors.Is(fault, vault.ErrTruncated):
+			return nil, nil, fault // it may be the one
+		case fault != nil:
+			d.log.Error("recovery: a vault was passed that can't be opened", "descriptor", root, "error", fault)
+			err = fault
+		case v == nil:
+			v, found, latest = one, records, age
+		default:
+			d.log.Error("recovery: two vaults were passed. That of which more daemons have taken over is used; what the other one has stays locked until the service is stopped",
+				"takeovers", []int64{latest, age})
+			if age > latest {
+				v, one, found, latest = one, v, records, age
+			}
+			one.Close() // the store has it still
+		}
+	}
+	if v != nil {
+		return v, found, nil
+	}
+	return nil, nil, err
+}
+
+func readVault(root int) (*vault.Vault, []vault.Found, error) {
+	v, err := vault.Open(root)
+	if err != nil {
+		return nil, nil, err
+	}
+	found, err := v.Contents()
+	return v, found, err
+}
+
+// takeovers returns how many binaries and processes had taken over when the settings among those records were stored, -1 if there are none.
+func takeovers(found []vault.Found) int64 {
+	for i := range found {
+		if f := &found[i]; f.Daemon != nil {
+			if s, _, err := state.Decode(f.Daemon.State, keptPID); err == nil {
+				return int64(s.Upgrades + s.Recoveries)
+			}
+		}
+	}
+	return -1
 }
 
 // recoverSettings takes the daemon's own settings over.

@@ -82,7 +82,7 @@ func TestRecoveredHolds(t *testing.T) {
 				t.Fatal(err)
 			}
 			d := &daemon{log: slog.New(slog.DiscardHandler)}
-			r, err := d.recoverVault(root)
+			r, err := d.recoverVault([]int{root})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -169,7 +169,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		}
 		o.Release()
 	}
-	if d.safety.vault == nil || d.found != nil {
+	if d.safety.vault == nil {
 		d.makeSafe()
 	}
 	d.storeEverything()
@@ -192,7 +192,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	}
 	d.reportUpgrade(locks, clients)
 	told := func() { d.log.Info("live upgrade: this binary has taken over", args...) }
-	l, store := d.safety.link, d.safety.store
+	l, store := d.safety.link, d.safety.store // guard does not run yet
 	if l == nil || s.Frozen == 0 { // the C daemon had none
 		told()
 		return
@@ -641,6 +641,7 @@ func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
 		return nil
 	case !d.left.inherited.has(int(s.Vault)):
 		d.log.Error(d.cause+"the vault is made anew", "error", notInherited(s.Vault))
+		d.strays = true
 		return nil
 	default:
 		var err error
@@ -649,15 +650,18 @@ func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
 		}
 		if err != nil {
 			d.log.Error(d.cause+"the vault is made anew", "error", err)
+			d.strays = true // its root, with all that it keeps open
 			return nil
 		}
 		d.left.inherited.taken(int(s.Vault))
 	}
-	d.safety.vault, d.safety.cell = v, v.Cell(s.Cell)
-	d.table.SetVault(v)
-	for _, server := range d.servers() {
-		server.SetVault(v)
+	d.safety.cell = v.Cell(s.Cell)
+	// Somebody has passed it to us, or has kept it for the binary before: no more proof is needed that it is kept.
+	var why error
+	if d.safety.link == nil && d.safety.wanted {
+		why = errKeeperEnded
 	}
+	d.use(v, why)
 	return strays
 }
 

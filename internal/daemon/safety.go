@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,35 +33,77 @@ const (
 	keptPID = 1
 )
 
+const (
+	// A store that has not answered is asked again after this time, each time after twice as long.
+	askFirst = time.Second
+	askMost  = time.Minute
+)
+
 // safety keeps everything that matters alive beyond this process: the vault, and who keeps that.
+//
+// Which vault there is changes at the start and while everything is frozen; who keeps it at the start and in guard.
 type safety struct {
-	mu    sync.Mutex // once clients are served
-	store systemd.Notifier
-	vault *vault.Vault // nil: there is none
-	why   error        // why there is none, or nobody keeps it
-	link  *keeper.Link // to our keeper; nil: there is none
-	cell  *vault.Cell  // with the daemon's own settings
+	// changing is held while the vault is given to somebody, which can take long, or given up: whoever must not wait tries.
+	changing sync.Mutex
+	again    chan struct{} // guard is to look at once
+	wanted   bool          // that a keeper of ours keeps it; does not change after the start
+
+	mu     sync.Mutex // of what follows; never held over a system call that can block
+	store  systemd.Notifier
+	proved bool         // the store is known to be one
+	stale  bool         // it may have another vault by the name of ours
+	link   *keeper.Link // to our keeper; nil: there is none
+	vault  *vault.Vault // nil: there is none
+	why    error        // why nobody keeps it, as far as is known; nil: somebody does
+	cell   *vault.Cell  // with the daemon's own settings
 }
 
-// errNoStore says that nobody would keep the vault.
-var errNoStore = errors.New("nobody keeps locks beyond this process: it is run neither by systemd with FileDescriptorStoreMax= in the unit, nor by a keeper (--keeper)")
+var (
+	// errNoStore says that nobody would keep the vault.
+	errNoStore = errors.New("nobody keeps locks beyond this process: it is run neither by systemd with FileDescriptorStoreMax= in the unit, nor by a keeper (--keeper)")
+	// errNotYet says that somebody will, most likely.
+	errNotYet = errors.New("whoever is to keep locks beyond this process has not been asked yet")
+)
 
-// makeSafe sees to it that the vault outlives this process, and makes one if there is none yet. Nobody is served before, so that
-// no answer is given that a crash could take back.
+// makeSafe makes a vault and has it kept. Nobody is served before, so that no answer is given that a crash could take back. A store
+// that refuses does so for good, and then there is no vault. One that does not answer in time is asked again while everybody
+// is served, see guard; what is stored until then is in the vault already.
 func (d *daemon) makeSafe() {
-	v, err := d.openVault()
-	d.safety.mu.Lock()
-	d.safety.why = err
-	if err == nil {
-		d.safety.vault = v
+	var v *vault.Vault
+	err := errNoStore
+	if d.safety.store != (systemd.Notifier{}) || d.safety.wanted {
+		if v, err = d.newVault(); err == nil {
+			err = d.keep(v)
+		}
+		if errors.Is(err, systemd.ErrNoStore) {
+			v.GiveUp()
+			v = nil
+		}
 	}
-	d.safety.mu.Unlock()
+	d.use(v, err)
 	if err != nil {
 		level := slog.LevelWarn
 		if errors.Is(err, errNoStore) {
 			level = slog.LevelInfo // nobody has asked for more
 		}
 		d.log.Log(context.Background(), level, "locks are lost if this daemon crashes or is restarted", "reason", err)
+	}
+}
+
+// newVault makes one that nobody keeps yet.
+func (d *daemon) newVault() (*vault.Vault, error) {
+	d.safety.mu.Lock()
+	d.safety.stale = true
+	d.safety.mu.Unlock()
+	return vault.New()
+}
+
+// use has everything stored in this vault from now on; why says why nobody keeps it.
+func (d *daemon) use(v *vault.Vault, why error) {
+	d.safety.mu.Lock()
+	d.safety.vault, d.safety.why = v, why
+	d.safety.mu.Unlock()
+	if v == nil {
 		return
 	}
 	d.table.SetVault(v)
@@ -69,42 +112,103 @@ func (d *daemon) makeSafe() {
 	}
 }
 
-// openVault returns the vault, an own new one if there was none, after its root was given to the store.
-func (d *daemon) openVault() (_ *vault.Vault, err error) {
-	if d.safety.link == nil && d.options.wantsKeeper() {
+// keep gives the vault to whoever is to keep it, and returns why that did not work, or is not known to have. The vault is not
+// given up meanwhile.
+func (d *daemon) keep(v *vault.Vault) error {
+	s := &d.safety
+	if s.keeper() == nil && d.safety.wanted {
 		if err := d.startKeeper(); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	if d.safety.store == (systemd.Notifier{}) {
-		return nil, errNoStore
-	}
-	if err := d.safety.store.ProbeStore(probeName, storeTime); err != nil {
-		return nil, err
-	}
-	v := d.safety.vault
-	if v == nil {
-		if v, err = vault.New(); err != nil {
-			return nil, err
+	s.mu.Lock()
+	store, stale, proved := s.store, s.stale, s.proved
+	s.mu.Unlock()
+	if stale {
+		// Of two by one name the next process would not know which one counts.
+		if err := store.Remove(vaultName); err != nil {
+			return err
 		}
-		defer func() {
-			if err != nil {
-				v.GiveUp()
-			}
-		}()
 	}
-	if err := entrust(d.safety.store, v); err != nil {
-		return nil, err
+	var silent error
+	if !proved {
+		if silent = store.ProbeStore(probeName, storeTime); errors.Is(silent, systemd.ErrNoStore) {
+			return silent
+		}
 	}
-	return v, nil
-}
-
-// entrust gives the root of the vault to a store, which ignores what it has already.
-func entrust(store systemd.Notifier, v *vault.Vault) error {
-	if err := store.Store(vaultName, v.Root()); err != nil {
-		return err
+	s.mu.Lock()
+	s.stale, s.proved = false, silent == nil
+	s.mu.Unlock()
+	// Also to one that has not answered: it works this off when it does. What it has already it ignores.
+	if err := store.Store(vaultName, v.Root()); silent != nil || err != nil {
+		return cmp.Or(silent, err)
 	}
 	return store.Barrier(storeTime)
+}
+
+// guard sees to it that somebody keeps the vault, until ctx ends: it asks again whoever has not answered, and starts another keeper when
+// ours has ended.
+func (d *daemon) guard(ctx context.Context) {
+	pause := askFirst
+	for ctx.Err() == nil {
+		var later <-chan time.Time
+		if err := d.keepAgain(); err != nil {
+			later = time.After(pause)
+			pause = min(2*pause, askMost)
+		} else {
+			pause = askFirst
+		}
+		link := d.safety.keeper()
+		ended, unwatch := d.watchKeeper(link)
+		select {
+		case <-ctx.Done():
+		case <-later:
+		case <-d.safety.again:
+		case <-ended:
+			d.loseKeeper(link)
+		}
+		unwatch()
+	}
+}
+
+// keepAgain has the vault kept if nobody does. It returns why it is to be tried again.
+func (d *daemon) keepAgain() error {
+	s := &d.safety
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	s.mu.Lock()
+	v, was := s.vault, s.why
+	s.mu.Unlock()
+	if v == nil || was == nil || errors.Is(was, systemd.ErrNoStore) {
+		return nil
+	}
+	err := d.keep(v)
+	s.mu.Lock()
+	s.why = err
+	s.mu.Unlock()
+	switch link := s.keeper(); {
+	case err != nil:
+		d.log.Error("locks are lost if this daemon crashes", "error", err)
+	case link != nil:
+		d.log.Info("another keeper has everything", "keeper", link.PID)
+	default:
+		d.log.Info("the descriptor store has the vault now: locks outlive a crash of this daemon")
+	}
+	if errors.Is(err, systemd.ErrNoStore) {
+		return nil // for good
+	}
+	return err
+}
+
+// unkept notes that nobody may keep the vault, and has guard see to it.
+func (s *safety) unkept(why error) {
+	s.mu.Lock()
+	s.why = why
+	s.mu.Unlock()
+	select {
+	case s.again <- struct{}{}:
+	default: // it will look anyway
+	}
 }
 
 // storeEverything stores what was taken over from a daemon without vault. Connections are stored at once; the servers are
@@ -170,38 +274,56 @@ func (d *daemon) ownState() (s *state.Snapshot, fds []int) {
 }
 
 // leaveVault gives the vault up, because the binary that comes next knows nothing of it: the C daemon releases a lock by
-// closing its descriptor, which a copy in the vault would keep for ever. Everything is frozen.
+// closing its descriptor, which a copy in the vault would keep for ever. Everything is frozen, and changing is held.
+//
+// First the store lets go of it, else that would be passed to the C daemon at its next start, which does not know it and ends. After an
+// error before that the vault is in use as ever.
 func (d *daemon) leaveVault() error {
-	v := d.safety.vault
+	s := &d.safety
+	s.mu.Lock()
+	v, store, why := s.vault, s.store, s.why
+	s.mu.Unlock()
 	if v == nil {
 		return nil
 	}
+	if why != nil && store != (systemd.Notifier{}) && !errors.Is(why, systemd.ErrNoStore) {
+		return fmt.Errorf("the descriptor store may have the vault, and can't be asked for it: %w", why)
+	}
+	err := store.Remove(vaultName)
+	if err == nil {
+		err = store.Barrier(storeTime)
+	}
+	if err != nil {
+		s.unkept(err) // what was sent may be worked off yet
+		return fmt.Errorf("the descriptor store may still have the vault: %w", err)
+	}
 	if err := d.table.LeaveVault(); err != nil {
+		s.unkept(errNotYet)
 		return fmt.Errorf("locks cannot be taken out of the vault: %w", err)
 	}
-	for _, s := range d.servers() {
-		s.LeaveVault()
+	for _, server := range d.servers() {
+		server.LeaveVault()
 	}
-	// Else it would be passed to the C daemon at its next start, which does not know it and ends.
-	err := d.safety.store.Remove(vaultName)
-	if err == nil {
-		err = d.safety.store.Barrier(storeTime)
-	}
-	d.safety.mu.Lock()
-	d.safety.vault, d.safety.cell = nil, nil
-	d.safety.mu.Unlock()
+	s.mu.Lock()
+	s.vault, s.cell = nil, nil
+	s.mu.Unlock()
 	v.GiveUp()
-	if err != nil {
-		return fmt.Errorf("the descriptor store still has the vault: %w", err)
-	}
 	return nil
 }
 
-// returnToVault makes a new one, when the binary that was to come next has not come.
+// returnToVault makes a new one, when the binary that was to come next has not come. Everything is frozen, so it is guard that has
+// it kept.
 func (d *daemon) returnToVault() {
-	d.makeSafe()
+	v, err := d.newVault()
+	if err != nil {
+		d.log.Error("locks are lost if this daemon crashes", "error", err)
+		d.use(nil, err)
+		return
+	}
+	d.use(v, errNotYet)
 	d.storeEverything()
 	d.storeSettings()
+	d.safety.unkept(errNotYet)
 }
 
 // safe tells whether locks outlive a crash, why not, and how many do.
@@ -232,11 +354,8 @@ func (s *safety) keeper() *keeper.Link {
 // forsake makes whoever keeps the vault let go of it, because the daemon ends for good.
 func (d *daemon) forsake() {
 	d.safety.mu.Lock()
-	v, store := d.safety.vault, d.safety.store
+	store := d.safety.store
 	d.safety.mu.Unlock()
-	if v == nil {
-		return
-	}
 	if err := store.Remove(vaultName); err != nil {
 		d.log.Warn("the vault stays in the descriptor store", "error", err)
 	}
@@ -248,7 +367,7 @@ const askEndTime = 3 * time.Second
 // leave prepares the end of a process that the next one takes over from, and tells whether it is that: the service is started again, or
 // descriptors outlive its stop. Only a job to stop the unit ends locks; in doubt they stay.
 func (d *daemon) leave() bool {
-	if d.safety.flaw() != nil || d.safety.keeper() != nil {
+	if !d.safety.outlivesStop() {
 		return false
 	}
 	why := "an administrator wants them preserved"
@@ -283,6 +402,14 @@ func (d *daemon) leave() bool {
 	return true
 }
 
+// outlivesStop tells whether the vault is where the next process gets it from, also after an orderly end of this one. A store that has
+// not answered counts: it has been told.
+func (s *safety) outlivesStop() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.vault != nil && s.link == nil && s.store != (systemd.Notifier{}) && !errors.Is(s.why, systemd.ErrNoStore)
+}
+
 // vaultPassed tells whether the process was started with what one before it has left.
 func vaultPassed() bool {
 	return systemd.Passed(os.Getpid()) && slices.Contains(strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), vaultName)
@@ -305,13 +432,12 @@ func storeNotifier(n systemd.Notifier, p paths) systemd.Notifier {
 	return systemd.NotifierAt(address)
 }
 
-// vaultRoot takes the root of the vault out of the descriptors that were passed, -1 if it is not among them.
-func vaultRoot(passed []systemd.Descriptor) (root int, others []systemd.Descriptor) {
-	root = -1
+// vaultRoots takes the roots of vaults out of the descriptors that were passed; there is at most one, unless something went wrong.
+func vaultRoots(passed []systemd.Descriptor) (roots []int, others []systemd.Descriptor) {
 	others = slices.DeleteFunc(passed, func(p systemd.Descriptor) bool {
 		switch p.Name {
 		case vaultName:
-			root = p.FD
+			roots = append(roots, p.FD)
 		case probeName: // of a process that was killed before it could take it back
 			unix.Close(p.FD)
 		default:
@@ -319,5 +445,5 @@ func vaultRoot(passed []systemd.Descriptor) (root int, others []systemd.Descript
 		}
 		return true
 	})
-	return root, others
+	return roots, others
 }

@@ -373,9 +373,11 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	s := d.settings()
 	s.PID, s.Began = int32(os.Getpid()), began()
 	s.Upgrades++
+	d.safety.mu.Lock()
 	if v := d.safety.vault; v != nil {
 		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()
 	}
+	d.safety.mu.Unlock()
 	var table sync.WaitGroup
 	table.Go(func() { s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place) }) // beside the clients: everybody waits
 	clients := d.lock.Clients()
@@ -472,6 +474,17 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 			return err
 		}
 	}
+	if next.reader == state.C {
+		if !d.safety.changing.TryLock() {
+			return fmt.Errorf("the vault is just being given to whoever keeps it, %w", errBusy)
+		}
+		defer d.safety.changing.Unlock()
+		defer func(had bool) { // not reached after exec
+			if had && d.safety.vault == nil {
+				d.returnToVault()
+			}
+		}(d.safety.vault != nil)
+	}
 	// A child that is forked from here on would keep locks alive.
 	syscall.ForkLock.Lock()
 	defer syscall.ForkLock.Unlock()
@@ -503,9 +516,6 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 	}
 	if next.reader == state.C {
 		d.forgetNote() // nobody would keep it
-	}
-	if next.reader == state.C && d.safety.vault != nil {
-		defer d.returnToVault() // not reached after exec
 		if err := d.leaveVault(); err != nil {
 			return err
 		}

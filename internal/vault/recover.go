@@ -13,7 +13,7 @@ import (
 // Open opens the vault whose root was kept. The root's descriptor is the vault's from now on, if there is no
 // error. Nothing in it is changed.
 //
-// Errors: ErrTruncated, ErrVersion, ErrBroken, or what the kernel says.
+// Errors: ErrEmpty of a vault that was given up; ErrTruncated, ErrVersion, ErrBroken, or what the kernel says.
 func Open(root int) (_ *Vault, err error) {
 	v := &Vault{root: At(root), memory: -1}
 	defer func() {
@@ -25,6 +25,9 @@ func Open(root int) (_ *Vault, err error) {
 	messages, err := v.root.messages(make([]byte, MaxRecord))
 	if err != nil {
 		return nil, err
+	}
+	if len(messages) == 0 {
+		return nil, ErrEmpty
 	}
 	reserve(v.root.FD(), len(messages)*maxBatch*perCell)
 	at := 0
@@ -203,7 +206,7 @@ func (f *Found) Descriptors() ([]int, error) {
 func (f *Found) HasPIDFD() bool { return f.fds > 1 }
 
 // Claim says which cells are in use, after a live upgrade: all others are free, but for those in which something lies. These are
-// returned.
+// returned. After an error the vault is closed, but for its root, which is the caller's again.
 func (v *Vault) Claim(used []uint32) ([]Found, error) {
 	claimed := make([]bool, len(v.cells)+1)
 	for _, i := range used {
@@ -211,5 +214,9 @@ func (v *Vault) Claim(used []uint32) ([]Found, error) {
 			claimed[i] = true
 		}
 	}
-	return v.contents(func(c *Cell) bool { return !claimed[c.index] })
+	strays, err := v.contents(func(c *Cell) bool { return !claimed[c.index] })
+	if err != nil {
+		v.close()
+	}
+	return strays, err
 }

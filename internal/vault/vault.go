@@ -319,6 +319,16 @@ func (v *Vault) GiveUp() {
 	v.root.Close()
 }
 
+// Close closes our descriptors. The vault is not usable afterwards; what somebody else keeps of it stays as it is.
+func (v *Vault) Close() {
+	v.grow.Lock()
+	defer v.grow.Unlock()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.close()
+	v.root.Close()
+}
+
 // close closes our descriptors of everything but the root, in which it stays.
 func (v *Vault) close() {
 	for _, c := range v.cells {

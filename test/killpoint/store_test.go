@@ -4,11 +4,16 @@ package killpoint
 
 import (
 	"bytes"
+	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/vault"
 	"virtlockd/test/host"
 	"virtlockd/test/manager"
 	"virtlockd/test/wire"
@@ -60,59 +65,80 @@ func tool(t testing.TB, h *host.Host, user *syscall.Credential, env []string, ar
 	return out.String()
 }
 
-// A manager that refuses to keep anything, does not answer in time, or is not there: the daemon says so and serves.
+// A manager that refuses to keep anything: the daemon says so and serves, without a vault.
 func TestStoreRefuses(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct {
-		name string
-		do   func(m *manager.Manager)
-		said string
-	}{
-		{"refuses the probe", func(m *manager.Manager) { m.Refuse("probe") }, "thrown away"},
-		{"answers too late", func(m *manager.Manager) { m.Pause() }, "did not answer"},
+	h := host.New(t)
+	m := manager.New(t, h)
+	m.Refuse("probe")
+	d := h.Start(host.Ours(t), m.Options(quiet))
+	says(t, d, " warning : ", "locks are lost if this daemon crashes", "thrown away")
+	if s := status(t, h); !strings.Contains(s, "thrown away") {
+		t.Errorf("status:\n%s", s)
+	}
+	c := d.Client(noOne)
+	must(t, c.Acquire("", host.Data+"/x", wire.Autocreate))
+	must(t, c.Release("", host.Data+"/x"))
+	if m.Kept(vaultName) != 0 {
+		t.Error("a vault is kept that the daemon does not use")
+	}
+	if code := d.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// A manager that does not answer at the start, from the beginning or when it is given the vault: the daemon says so and serves, and
+// when there is an answer everything is safe, also what was there before.
+func TestStoreTooLate(t *testing.T) {
+	t.Parallel()
+	for name, stall := range map[string]func(*manager.Manager){
+		"from the beginning": (*manager.Manager).Pause,
+		"for the vault":      func(m *manager.Manager) { m.PauseAt(vaultName) },
 	} {
-		t.Run(tt.name, func(t *testing.T) {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			h := host.New(t)
-			m := manager.New(t, h)
-			tt.do(m)
-			d := h.Start(host.Ours(t), m.Options(quiet))
-			if tt.name == "answers too late" {
-				m.Continue()
-			}
-			says(t, d, " warning : ", "locks are lost if this daemon crashes", tt.said)
-			if s := status(t, h); !strings.Contains(s, tt.said) {
+			m := &managed{stage: &stage{Host: h, t: t}, manager: manager.New(t, h)}
+			stall(m.manager)
+			m.Daemon = m.manager.Launch(quiet)
+			says(t, m.Daemon, " warning : ", "locks are lost if this daemon crashes", "did not answer")
+			if s := status(t, h); !strings.Contains(s, "did not answer") {
 				t.Errorf("status:\n%s", s)
 			}
-			c := d.Client(noOne)
-			must(t, c.Acquire("", host.Data+"/x", wire.Autocreate))
-			must(t, c.Release("", host.Data+"/x"))
-			if m.Kept(vaultName) != 0 {
-				t.Error("a vault is kept that the daemon does not use")
+			m.populate()
+			m.manager.Continue()
+			says(t, m.Daemon, "the descriptor store has the vault now")
+			if n := m.manager.Kept(vaultName); n != 1 {
+				t.Errorf("%d vaults are kept", n)
 			}
-			if code := d.Stop(); code != 0 {
-				t.Errorf("exit code %d", code)
-			}
+			m.kill()
+			m.Daemon = m.manager.Start(quiet)
+			must(t, m.bystand.Ping())
+			m.holds("after a store that was too late")
+			m.end()
 		})
 	}
 }
 
-// A process that has taken a vault over goes on with it when the store has no answer for it: what is stored there is stored, and given up
-// with it before the C daemon takes over.
+// A process that has taken a vault over needs no answer of the store: what was passed to it is kept. Also a restart afterwards leaves
+// everything held.
 func TestStoreTooLateForRecovery(t *testing.T) {
 	t.Parallel()
 	m := startManaged(t)
 	m.kill()
 	m.manager.Pause()
-	d := m.manager.Launch(quiet)
-	says(t, d, "did not answer")
-	m.manager.Continue()
-	m.Daemon = d
+	m.WriteFile("/tmp/stub/systemctl", "#!/bin/sh\n", 0o755) // there is no job
+	o := quiet
+	o.Env = []string{"PATH=/tmp/stub:/usr/sbin:/usr/bin:/sbin:/bin"}
+	m.Daemon = m.manager.Launch(o)
 	must(t, m.bystand.Ping())
+	m.manager.Continue()
 	c := m.client()
 	must(t, c.Acquire("", disk, 0))
-	// What was stored meanwhile is in the vault all the same.
-	m.kill()
+	if code := m.Daemon.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	says(t, m.Daemon, "are left to the next process")
 	m.Daemon = m.manager.Start(quiet)
 	must(t, c.Ping())
 	if m.Free(disk, true) {
@@ -121,6 +147,82 @@ func TestStoreTooLateForRecovery(t *testing.T) {
 	must(t, c.Release("", disk))
 	m.holds("after a store that was too late")
 	m.end()
+}
+
+// A vault that was given up but stayed in the store holds nothing, and keeps no daemon from starting.
+func TestEmptyVaultPassed(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	m := &managed{stage: &stage{Host: h, t: t}, manager: manager.New(t, h)}
+	m.manager.Keep(vaultName, rootOf(t, (*vault.Vault).GiveUp), true)
+	m.Daemon = m.manager.Start(quiet)
+	says(t, m.Daemon, " error : ", "it holds nothing")
+	m.populate()
+	if n := m.manager.Kept(vaultName); n != 1 {
+		t.Errorf("%d vaults are kept", n)
+	}
+	m.kill()
+	m.Daemon = m.manager.Start(quiet)
+	must(t, m.bystand.Ping())
+	m.holds("after a vault that was empty")
+	m.end()
+}
+
+// Of two vaults that are passed the one is used that locks and clients are in, whichever comes first.
+func TestTwoVaultsPassed(t *testing.T) {
+	t.Parallel()
+	for _, last := range []bool{false, true} {
+		for name, end := range map[string]func(*vault.Vault){"empty": (*vault.Vault).GiveUp, "old": (*vault.Vault).Close} {
+			t.Run(fmt.Sprint(name, " ", last), func(t *testing.T) {
+				t.Parallel()
+				m := startManaged(t)
+				m.kill()
+				m.manager.Keep(vaultName, rootOf(t, end), last)
+				m.Daemon = m.manager.Start(quiet)
+				says(t, m.Daemon, " error : ", "passed")
+				must(t, m.bystand.Ping())
+				m.holds("after two vaults")
+				m.end()
+			})
+		}
+	}
+}
+
+// rootOf returns the root of a new vault, after this was done to it.
+func rootOf(t testing.TB, do func(*vault.Vault)) *os.File {
+	t.Helper()
+	v, err := vault.New()
+	must(t, err)
+	root, err := unix.FcntlInt(uintptr(v.Root()), unix.F_DUPFD_CLOEXEC, 0)
+	must(t, err)
+	do(v)
+	return os.NewFile(uintptr(root), "root")
+}
+
+// A live upgrade that can't open its vault goes on with a new one, and only that is kept.
+func TestUpgradeWithBrokenVault(t *testing.T) {
+	t.Parallel()
+	m := startManaged(t)
+	must(t, m.manager.Use(vaultName, func(root int) error { return vault.At(root).Put([]byte("of a later version")) }))
+	c := m.client()
+	must(t, c.Acquire("", disk, 0))
+	m.Signal(syscall.SIGUSR1)
+	says(t, m.Daemon, " error : ", "the vault is made anew")
+	says(t, m.Daemon, " error : ", "descriptors that nobody knows of stay open")
+	says(t, m.Daemon, "locks from before are stored")
+	if n := m.manager.Kept(vaultName); n != 1 {
+		t.Errorf("%d vaults are kept", n)
+	}
+	must(t, c.Release("", disk))
+	m.kill()
+	m.Daemon = m.manager.Start(quiet)
+	must(t, m.bystand.Ping())
+	m.holds("after an upgrade")
+	if strings.Contains(m.Stderr(), "can't be opened") {
+		t.Errorf("the broken vault is kept\n%s", host.Shorten(m.Stderr()))
+	}
+	c.Close()
+	m.Daemon.Stop()
 }
 
 // While the manager does not answer, a live upgrade loses nothing.

@@ -36,6 +36,7 @@ type Manager struct {
 	items   []item
 	said    []string
 	refuses string
+	stalls  string
 }
 
 // New starts a manager.
@@ -58,6 +59,9 @@ func New(t testing.TB, h *host.Host) *Manager {
 			}
 			if err != nil || n == 0 {
 				return
+			}
+			if m.stallsAt(string(data[:n])) {
+				m.Pause()
 			}
 			m.work.Lock()
 			m.receive(string(data[:n]), control[:c])
@@ -126,6 +130,25 @@ func same(a, b *os.File) bool {
 // Pause makes it answer nothing. What it is told meanwhile it hears afterwards.
 func (m *Manager) Pause() { m.work.Lock() }
 
+// PauseAt makes it answer nothing from the moment on that it is given something under this name.
+func (m *Manager) PauseAt(name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stalls = name
+}
+
+// stallsAt tells whether the pause of PauseAt begins with this message.
+func (m *Manager) stallsAt(message string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	lines := strings.Split(message, "\n")
+	if m.stalls == "" || !slices.Contains(lines, "FDSTORE=1") || !slices.Contains(lines, "FDNAME="+m.stalls) {
+		return false
+	}
+	m.stalls = ""
+	return true
+}
+
 // Continue ends a pause.
 func (m *Manager) Continue() { m.work.Unlock() }
 
@@ -146,6 +169,17 @@ func (m *Manager) Kept(name string) (n int) {
 		}
 	}
 	return n
+}
+
+// Keep has it keep this, too, as if it had been given that before all others or, with last, after them.
+func (m *Manager) Keep(name string, f *os.File, last bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	at := 0
+	if last {
+		at = len(m.items)
+	}
+	m.items = slices.Insert(m.items, at, item{name, f})
 }
 
 // Use calls f with a descriptor that it keeps under a name.

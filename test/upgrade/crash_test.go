@@ -204,3 +204,69 @@ func TestVaultBesideC(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 }
+
+// handTo has the daemon go on as this program, the C daemon or ours, and asks again when it refuses.
+func (m *machine) handTo(daemon int, program string, c *wire.Conn) {
+	m.t.Helper()
+	m.turn(program)
+	asked, refused := 0, m.countLines("no live upgrade")
+	eventually(m.t, "the other program runs", func() bool {
+		running, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", daemon))
+		if err == nil && (running == host.C(m.t)) == (program == host.C(m.t)) {
+			return true
+		}
+		if m.countLines("no live upgrade") == refused+asked {
+			asked++
+			must(m.t, unix.Kill(daemon, unix.SIGUSR1))
+		}
+		return false
+	})
+	must(m.t, c.Ping()) // only then it listens to signals
+}
+
+// survives kills the daemon, which has come back from the C daemon and has another keeper, and then ends both.
+func (m *machine) survives(locks held, daemon int) {
+	t := m.t
+	t.Helper()
+	eventually(t, "the locks are stored", func() bool { return m.countLines("locks from before are stored") > 0 })
+	must(t, unix.Kill(daemon, unix.SIGKILL))
+	eventually(t, "there is another daemon", func() bool { return m.countLines("recovery: this process has taken over") == 1 })
+	must(t, locks.conn.Ping())
+	locks.check(m)
+	locks.release(m)
+	daemon = m.pidOf()
+	keeper := parentOf(daemon)
+	must(t, unix.Kill(keeper, unix.SIGTERM))
+	eventually(t, "both have ended", func() bool { return parentOf(keeper) == 0 && parentOf(daemon) == 0 })
+}
+
+// The keeper is killed while the C daemon runs: ours has another one when it comes back, and everything is safe again.
+func TestKeeperKilledBesideC(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	daemon := m.pidOf()
+	m.handTo(daemon, host.C(t), locks.conn)
+	must(t, unix.Kill(m.PID(), unix.SIGKILL))
+	m.Wait()
+	m.handTo(daemon, host.Ours(t), locks.conn)
+	m.survives(locks, daemon)
+}
+
+// A keeper that can't be replaced at once is replaced later, and a live upgrade to the C daemon doesn't suffer from that.
+func TestKeeperReplacedLater(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	daemon := m.pidOf()
+	var usual unix.Rlimit
+	must(t, unix.Prlimit(daemon, unix.RLIMIT_NOFILE, nil, &usual))
+	must(t, unix.Prlimit(daemon, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: usual.Max}, nil)) // it can't open anything
+	must(t, unix.Kill(m.PID(), unix.SIGKILL))
+	m.Wait()
+	m.says(" error : ", "locks are lost if this daemon crashes")
+	must(t, unix.Prlimit(daemon, unix.RLIMIT_NOFILE, &usual, nil))
+	m.handTo(daemon, host.C(t), locks.conn)
+	m.handTo(daemon, host.Ours(t), locks.conn)
+	m.survives(locks, daemon)
+}
