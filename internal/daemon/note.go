@@ -3,7 +3,6 @@
 package daemon
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -21,6 +20,7 @@ const (
 	noteName  = "virtlockd-locks.note"
 	noteEvery = 5 * time.Second
 	noteMost  = 1000 // locks in it
+	noteBytes = 128  // of a guest's name, which can be long; a path can't
 )
 
 func (p paths) note() string { return filepath.Join(p.runDir, noteName) }
@@ -56,7 +56,7 @@ func (d *daemon) writeNote() error {
 					return state.Write(d.paths.note(), b.Bytes())
 				}
 				o := h.Owner.Details()
-				fmt.Fprintf(&b, "%q held by domain %q (%s), process %d\n", entries[i].Path, o.Name, o.UUIDString(), h.Owner.PID)
+				fmt.Fprintf(&b, "%q held by domain %q (%s), process %d\n", entries[i].Path, o.Name[:min(len(o.Name), noteBytes)], o.UUIDString(), h.Owner.PID)
 			}
 		}
 		if from = next; from == 0 {
@@ -76,9 +76,9 @@ func (d *daemon) readNote() {
 		return
 	}
 	if err == nil {
-		for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
+		for line := range bytes.Lines(data) { // of any length
 			d.log.Error("a lock was lost: the daemon before this one was killed together with whoever kept its locks, or nobody did; suspend and resume the guest to lock its disk again",
-				"lock", lines.Text())
+				"lock", string(bytes.TrimSuffix(line, []byte("\n"))))
 		}
 	}
 	if err := errors.Join(err, state.Remove(d.paths.note())); err != nil {
