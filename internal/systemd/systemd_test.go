@@ -229,3 +229,19 @@ func TestNotifyNobody(t *testing.T) {
 		t.Error("too long an address: no error")
 	}
 }
+
+// A program that leaves a child behind with its output is not waited for.
+func TestOutputOfChildLeftBehind(t *testing.T) {
+	t.Parallel()
+	left, hold, err := os.Pipe() // the child waits until the test has ended
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer left.Close()
+	defer hold.Close()
+	cmd := exec.Command("sh", "-c", "cat <&3 & exit 0")
+	cmd.ExtraFiles = []*os.File{left}
+	if _, err := output(t.Context(), cmd); !errors.Is(err, exec.ErrWaitDelay) {
+		t.Error(err)
+	}
+}

@@ -49,7 +49,7 @@ func AskEnd(unit string, user bool, timeout time.Duration) (End, error) {
 		if user {
 			args = append([]string{"--user"}, args...)
 		}
-		out, err := exec.CommandContext(ctx, "systemctl", args...).Output()
+		out, err := output(ctx, exec.CommandContext(ctx, "systemctl", args...))
 		if err != nil {
 			return nil, fmt.Errorf("systemctl %s: %w", strings.Join(args, " "), err)
 		}
@@ -72,4 +72,25 @@ func AskEnd(unit string, user bool, timeout time.Duration) (End, error) {
 	}
 	e.Preserved = strings.TrimSpace(string(props)) == "yes"
 	return e, nil
+}
+
+// output returns what a program has written, and does not wait longer than ctx for one that waits for a disk or has left a child behind
+// with its output.
+func output(ctx context.Context, cmd *exec.Cmd) ([]byte, error) {
+	cmd.WaitDelay = time.Second
+	type result struct {
+		out []byte
+		err error
+	}
+	ended := make(chan result, 1)
+	go func() { // ends when the disk answers, or with the process
+		out, err := cmd.Output()
+		ended <- result{out, err}
+	}()
+	select {
+	case r := <-ended:
+		return r.out, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
