@@ -140,7 +140,7 @@ func Main(args []string) int {
 	if err == nil && link == nil && o.wantsKeeper() && !kept {
 		noKeeper = keeper.Run(keeperConfig(waiting)) // this process becomes it
 	}
-	if link != nil && link.Report >= 0 {
+	if link != nil && link.Report >= 0 && isPipe(link.Report) {
 		waiting = &reporter{link.Report}
 	}
 

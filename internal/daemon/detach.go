@@ -76,9 +76,7 @@ func detachStage() (stage int, r *reporter) {
 		stage != goBetween && stage != detached || fd < systemd.FirstFD {
 		return 0, nil
 	}
-	// A variable that strayed into the environment must not make us write anywhere.
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+	if !isPipe(fd) {
 		return 0, nil
 	}
 	unix.CloseOnExec(fd)
@@ -86,6 +84,13 @@ func detachStage() (stage int, r *reporter) {
 		systemd.Readdress(os.Getpid())
 	}
 	return stage, &reporter{fd}
+}
+
+// isPipe tells whether a report can be written to what a variable of the environment names: one that strayed in must not make us write
+// anywhere.
+func isPipe(fd int) bool {
+	var st unix.Stat_t
+	return unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFIFO
 }
 
 // passedOn counts the descriptors of socket activation that a started process gets as well.

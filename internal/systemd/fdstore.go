@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -128,14 +127,4 @@ func (n Notifier) ProbeStore(name string, timeout time.Duration) error {
 		return fail(err)
 	}
 	return n.Remove(name)
-}
-
-// Field returns the value of the first line KEY=VALUE of a message.
-func Field(message, key string) (value string, ok bool) {
-	for line := range strings.SplitSeq(message, "\n") {
-		if k, v, found := strings.Cut(line, "="); found && k == key {
-			return v, true
-		}
-	}
-	return "", false
 }

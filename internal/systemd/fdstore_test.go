@@ -82,15 +82,15 @@ func (m *manager) serve() {
 func (m *manager) work(message string, fds []int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	name, _ := Field(message, "FDNAME")
-	if v, _ := Field(message, "FDSTORE"); v == "1" {
+	name, _ := field(message, "FDNAME")
+	if v, _ := field(message, "FDSTORE"); v == "1" {
 		for len(fds) > 0 && len(m.store) < m.max {
-			poll, _ := Field(message, "FDPOLL")
+			poll, _ := field(message, "FDPOLL")
 			m.store, m.names, m.polls = append(m.store, fds[0]), append(m.names, name), append(m.polls, poll)
 			fds = fds[1:]
 		}
 	}
-	if v, _ := Field(message, "FDSTOREREMOVE"); v == "1" {
+	if v, _ := field(message, "FDSTOREREMOVE"); v == "1" {
 		for i := len(m.store) - 1; i >= 0; i-- {
 			if m.names[i] == name {
 				unix.Close(m.store[i])
@@ -98,7 +98,7 @@ func (m *manager) work(message string, fds []int) {
 			}
 		}
 	}
-	if v, _ := Field(message, "BARRIER"); v == "1" && m.mute {
+	if v, _ := field(message, "BARRIER"); v == "1" && m.mute {
 		m.store = append(m.store, fds...)
 		return
 	}
@@ -222,21 +222,12 @@ func TestReceiverEnded(t *testing.T) {
 	}
 }
 
-func TestField(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct{ message, key, value string }{
-		{"FDSTORE=1\nFDNAME=x", "FDNAME", "x"},
-		{"A=b=c\nA=d\n", "A", "b=c"},
-		{"AA=1\nA", "A", "none"},
-		{"", "", "none"},
-		{"=x", "", "x"},
-	} {
-		value, ok := Field(tt.message, tt.key)
-		if !ok {
-			value = "none"
-		}
-		if value != tt.value {
-			t.Errorf("Field(%q, %q) = %q, want %q", tt.message, tt.key, value, tt.value)
+// field returns the value of the first line KEY=VALUE of a message.
+func field(message, key string) (value string, ok bool) {
+	for line := range strings.SplitSeq(message, "\n") {
+		if k, v, found := strings.Cut(line, "="); found && k == key {
+			return v, true
 		}
 	}
+	return "", false
 }
