@@ -360,7 +360,7 @@ func TestStopWithLocks(t *testing.T) {
 	m := Boot(t, Options{})
 	m.Systemctl("start", Service)
 	c := newCrowd(m)
-	if s := statusOf(m); !s.CrashSafe || s.Locks.CrashSafe != 5 {
+	if s := statusOf(m); !s.CrashSafe || s.Locks.CrashSafe != 4 {
 		t.Errorf("virtlockctl status: %+v", s)
 	}
 	c.next("kill", func() { m.Signal("KILL") })

@@ -156,7 +156,7 @@ func TestCrashAfterReplace(t *testing.T) {
 	m.Systemctl("daemon-reload")
 	becomes(host.Ours(t))
 	var s status
-	if !host.Eventually(func() bool { s = statusOf(m); return s.CrashSafe && s.Locks.CrashSafe == 3 }) {
+	if !host.Eventually(func() bool { s = statusOf(m); return s.CrashSafe && s.Locks.CrashSafe == 2 }) {
 		t.Fatalf("virtlockctl status: %+v", s)
 	}
 	for range 3 {
