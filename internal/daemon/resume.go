@@ -192,7 +192,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	}
 	d.reportUpgrade(locks, clients)
 	told := func() { d.log.Info("live upgrade: this binary has taken over", args...) }
-	l, store := d.safety.link, d.safety.store // guard does not run yet
+	l, store := d.safety.link, d.safety.store
 	if l == nil || s.Frozen == 0 { // the C daemon had none
 		told()
 		return

@@ -190,7 +190,7 @@ func (d *daemon) keepAgain() error {
 	case err != nil:
 		d.log.Error("locks are lost if this daemon crashes", "error", err)
 	case link != nil:
-		d.log.Info("another keeper has everything", "keeper", link.PID)
+		d.log.Info("a keeper has everything now", "keeper", link.PID)
 	default:
 		d.log.Info("the descriptor store has the vault now: locks outlive a crash of this daemon")
 	}

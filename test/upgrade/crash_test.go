@@ -98,9 +98,9 @@ func TestKeeperKilled(t *testing.T) {
 	locks := m.hold()
 	outside := m.startChecker(locks.paths...)
 	daemon := m.pidOf()
-	keepers := m.countLines("another keeper has everything")
+	keepers := m.countLines("a keeper has everything now")
 	must(t, unix.Kill(m.PID(), unix.SIGKILL))
-	eventually(t, "there is another keeper", func() bool { return m.countLines("another keeper has everything") > keepers })
+	eventually(t, "there is another keeper", func() bool { return m.countLines("a keeper has everything now") > keepers })
 	m.says(" error : ", "the keeper has ended")
 	must(t, locks.conn.Ping())
 	must(t, unix.Kill(daemon, unix.SIGKILL))
@@ -251,6 +251,28 @@ func TestKeeperKilledBesideC(t *testing.T) {
 	m.Wait()
 	m.handTo(daemon, host.Ours(t), locks.conn)
 	m.survives(locks, daemon)
+}
+
+// A hand-over to the C daemon that fails at the very end, when the vault is given up already, is followed by another vault.
+func TestVaultAfterFailedHandOver(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	daemon := m.pidOf()
+	program(script(`echo "virtlockd (libvirt) 9.0.0"; rm `+bad), 0o755)(t, m)
+	must(t, unix.Kill(daemon, unix.SIGUSR1))
+	m.says(" error : ", "no live upgrade", "cannot run")
+	m.says("a keeper has everything now")
+	must(t, locks.conn.Ping())
+	m.turn(host.Ours(t))
+	eventually(t, "the locks are stored", func() bool { return m.countLines("locks from before are stored") > 0 })
+	m.killKept()
+	must(t, locks.conn.Ping())
+	locks.check(m)
+	locks.release(m)
+	if code := m.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
 }
 
 // A keeper that can't be replaced at once is replaced later, and a live upgrade to the C daemon doesn't suffer from that.
