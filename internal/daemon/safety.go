@@ -126,7 +126,11 @@ func (d *daemon) keep(v *vault.Vault) error {
 	s.mu.Unlock()
 	if stale {
 		// Of two by one name the next process would not know which one counts.
-		if err := store.Remove(vaultName); err != nil {
+		err := store.Remove(vaultName)
+		if s.keeper() == nil && (errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT)) {
+			return fmt.Errorf("%w: nobody listens there: %w", systemd.ErrNoStore, err)
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -18,6 +18,7 @@ func crash(t *testing.T, h *host.Host, d *host.Daemon) {
 	t.Helper()
 	var before, s inspect.Status
 	read(t, h, ok, &before, "status")
+	host.Settled(t, before.PID)
 	must(t, syscall.Kill(before.PID, syscall.SIGKILL))
 	if !host.Eventually(func() bool {
 		r := ctl(t, h, "status", "-o", "json")

@@ -239,6 +239,7 @@ func TestHolderOnOtherHost(t *testing.T) {
 		must(t, c[0].Release(leases, "a"))
 		// The host dies, with all that is on it.
 		must(t, c[0].Acquire(leases, "a", wire.Autocreate))
+		host.Settled(t, d[0].PID())
 		syscall.Kill(d[0].PID(), syscall.SIGKILL)
 		d[0].Wait()
 		p[0].Kill()
@@ -276,6 +277,7 @@ func TestHolderOnOtherHost(t *testing.T) {
 		must(t, c[1].Release(leases, "a"))
 		must(t, c[0].Acquire(leases, "a", wire.Autocreate))
 		// C has a lease in which our record stands: it is not disturbed, and removes it.
+		host.Settled(t, d[0].PID())
 		syscall.Kill(d[0].PID(), syscall.SIGKILL)
 		d[0].Wait()
 		must(t, c[1].Acquire(leases, "a", wire.Autocreate))

@@ -36,7 +36,7 @@ func startManaged(t testing.TB) *managed {
 // kill ends the daemon, once it has nothing to do.
 func (m *managed) kill() {
 	m.t.Helper()
-	settled(m.t, m.PID())
+	host.Settled(m.t, m.PID())
 	must(m.t, unix.Kill(m.PID(), unix.SIGKILL))
 	m.Wait()
 }

@@ -33,6 +33,7 @@ func (s *stage) trace(before int) (pid int, trace *Trace) {
 		s.t.Fatalf("there is no daemon after process %d\n%s", before, host.Shorten(s.Stderr()))
 	}
 	must(s.t, s.bystand.Ping()) // it serves, and nothing of its start is counted
+	host.Settled(s.t, pid)      // and knows that the reply was sent
 	trace, err := Attach(pid)
 	must(s.t, err)
 	return pid, trace

@@ -175,7 +175,7 @@ func TestNoRoomInFlight(t *testing.T) {
 		crash: func() {
 			const over = "this process has taken over"
 			before, said := d.Kept(), strings.Count(d.Stderr(), over)
-			settled(t, before)
+			host.Settled(t, before)
 			must(t, unix.Kill(before, unix.SIGKILL))
 			if !host.Eventually(func() bool { return strings.Count(d.Stderr(), over) > said }) {
 				t.Fatalf("there is no daemon after process %d\n%s", before, host.Shorten(d.Stderr()))

@@ -40,6 +40,7 @@ func TestUmount(t *testing.T) {
 	crash := func() {
 		t.Helper()
 		pid := s.Kept()
+		host.Settled(t, pid)
 		must(t, unix.Kill(pid, unix.SIGKILL))
 		if !host.Eventually(func() bool { now := s.Kept(); return now != 0 && now != pid }) {
 			t.Fatal("there is no daemon after a kill")

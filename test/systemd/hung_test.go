@@ -82,6 +82,7 @@ func TestCrashWithHungDisk(t *testing.T) {
 				return func() bool { return !p.Dead() }, c
 			},
 			ends: []end{{"kill", func() {
+				host.Settled(t, pid())
 				if err := unix.Kill(pid(), unix.SIGKILL); err != nil {
 					t.Fatal(err)
 				}

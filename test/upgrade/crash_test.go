@@ -103,6 +103,7 @@ func TestKeeperKilled(t *testing.T) {
 	eventually(t, "there is another keeper", func() bool { return m.countLines("a keeper has everything now") > keepers })
 	m.says(" error : ", "the keeper has ended")
 	must(t, locks.conn.Ping())
+	host.Settled(t, daemon)
 	must(t, unix.Kill(daemon, unix.SIGKILL))
 	eventually(t, "there is another daemon", func() bool {
 		b, err := os.ReadFile(m.Path(pidFile))
@@ -190,6 +191,7 @@ func TestVaultBesideC(t *testing.T) {
 	must(t, locks.conn.Ping())
 	// It is stored while everybody is served; this request comes behind it.
 	eventually(t, "the lock is stored", func() bool { return m.countLines("locks from before are stored") > 0 })
+	host.Settled(t, daemon)
 	must(t, unix.Kill(daemon, unix.SIGKILL))
 	eventually(t, "there is another daemon", func() bool { return m.countLines("recovery: this process has taken over") == 1 })
 	must(t, locks.conn.Ping())
@@ -229,6 +231,7 @@ func (m *machine) survives(locks held, daemon int) {
 	t := m.t
 	t.Helper()
 	eventually(t, "the locks are stored", func() bool { return m.countLines("locks from before are stored") > 0 })
+	host.Settled(t, daemon)
 	must(t, unix.Kill(daemon, unix.SIGKILL))
 	eventually(t, "there is another daemon", func() bool { return m.countLines("recovery: this process has taken over") == 1 })
 	must(t, locks.conn.Ping())

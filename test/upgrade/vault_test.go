@@ -35,6 +35,7 @@ func descriptorsOf(pid int) (n, inRoot int) {
 func (m *machine) killKept() {
 	m.t.Helper()
 	before := m.countLines("recovery: this process has taken over")
+	host.Settled(m.t, m.pidOf())
 	must(m.t, unix.Kill(m.pidOf(), unix.SIGKILL))
 	eventually(m.t, "there is another daemon", func() bool {
 		return m.countLines("recovery: this process has taken over") > before
