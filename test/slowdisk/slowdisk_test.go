@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
 )
@@ -55,5 +57,31 @@ func TestHang(t *testing.T) {
 				t.Errorf("file is there: %v", got)
 			}
 		})
+	}
+}
+
+// What is closed is unlocked, and nothing else.
+func TestRelease(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	disk := Mount(t, h, "/tmp/slow", Options{Locks: true})
+	disk.Add("a")
+	// Not by package os, which would register them with the run-time's epoll set: see host.Wait.
+	var files [2]int
+	h.Must(func() (err error) {
+		for i := range files {
+			if files[i], err = unix.Open("/tmp/slow/a", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+				return err
+			}
+		}
+		return unix.FcntlFlock(uintptr(files[0]), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1})
+	})
+	unix.Close(files[1])
+	if !disk.Locked("a") {
+		t.Error("the lock went with another descriptor of the file")
+	}
+	unix.Close(files[0])
+	if !host.Eventually(func() bool { return !disk.Locked("a") }) {
+		t.Error("the lock outlives its descriptor")
 	}
 }
