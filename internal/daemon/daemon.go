@@ -682,27 +682,11 @@ func (d *daemon) busy() bool {
 		return true
 	}
 	for _, s := range d.sockets.all() {
-		if pollNow(s.fd, unix.POLLIN) != 0 {
+		if poll.Now(s.fd, unix.POLLIN)&unix.POLLIN != 0 {
 			return true
 		}
 	}
 	return false
-}
-
-// pollNow returns which of the events have come to fd; 0 if it can't be told. A signal to this process interrupts a poll that
-// does not wait, too (poll(2)).
-func pollNow(fd int, events int16) int16 {
-	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
-	for {
-		n, err := unix.Poll(fds, 0)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err != nil || n == 0:
-			return 0
-		}
-		return fds[0].Revents
-	}
 }
 
 // serve accepts clients until a signal, the timeout or a failure ends it. It returns the exit code, and

@@ -13,6 +13,7 @@ import (
 
 	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
+	"virtlockd/internal/poll"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
 	"virtlockd/internal/vault"
@@ -246,7 +247,7 @@ func (r *recovery) owner(o state.Owner) int32 {
 
 // hasEnded tells whether the process of a pidfd has.
 func hasEnded(pidfd int32) bool {
-	return pollNow(int(pidfd), unix.POLLIN) != 0
+	return poll.Now(int(pidfd), unix.POLLIN)&unix.POLLIN != 0
 }
 
 // client takes a connection over, or notes that it ends: one whose last request is not answered, as far as can be told, is

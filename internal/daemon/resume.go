@@ -278,7 +278,7 @@ func endedMeanwhile(s *state.Snapshot, from *state.Owner, o *owner.Owner) bool {
 		if err != nil || cred.Pid != from.PID {
 			return false
 		}
-		return pollNow(int(c.FD), 0)&unix.POLLHUP != 0
+		return poll.Now(int(c.FD), 0)&unix.POLLHUP != 0
 	})
 }
 

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/poll"
 )
 
 // A process is one process held by its pidfd (pidfd_open(2), Linux 5.3), so that
@@ -43,17 +45,10 @@ func (p *process) ended() bool {
 	if p.dead.Load() {
 		return true
 	}
-	fds := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(fds, 0)
-		if err == unix.EINTR {
-			continue
-		}
-		if err == nil && n == 1 && fds[0].Revents&unix.POLLIN != 0 {
-			p.dead.Store(true)
-		}
-		return p.dead.Load()
+	if poll.Now(p.fd, unix.POLLIN)&unix.POLLIN != 0 {
+		p.dead.Store(true)
 	}
+	return p.dead.Load()
 }
 
 // signal sends sig; a process that has ended is not an error.

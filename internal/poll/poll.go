@@ -414,8 +414,7 @@ func (p *Poller) crowd() bool {
 	if p.workers.Load() >= maxCrowd {
 		return false
 	}
-	ready := []unix.PollFd{{Fd: int32(p.epfd), Events: unix.POLLIN}}
-	if n, err := unix.Poll(ready, 0); err != nil || n == 0 {
+	if Now(p.epfd, unix.POLLIN)&unix.POLLIN == 0 {
 		return false
 	}
 	p.crowded.Store(p.ticks.Load() + crowdFor)

@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/poll"
 )
 
 // ErrNoPeerPID is returned by Client.PeerPIDFD for a peer whose pid namespace is
@@ -99,15 +101,7 @@ func openPeer(pid int32, accepted int64, conn int) (int, error) {
 }
 
 // ended tells whether the process of a pidfd has ended. A zombie has.
-func ended(pidfd int) bool {
-	p := [1]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(p[:], 0)
-		if err != unix.EINTR {
-			return n != 0
-		}
-	}
-}
+func ended(pidfd int) bool { return poll.Now(pidfd, unix.POLLIN) != 0 }
 
 // clockTick is the unit of times in /proc/PID/stat: USER_HZ, 100 on every Linux
 // that Go runs on.

@@ -6,6 +6,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/poll"
 )
 
 // receiver holds what recvmsg(2) needs. It is part of a reused object, because
@@ -72,12 +74,4 @@ func accept(fd int) (int, unix.Errno) {
 
 // hungUp tells whether the peer has closed its end of a connection, or shut it
 // down in both directions.
-func hungUp(fd int) bool {
-	p := [1]unix.PollFd{{Fd: int32(fd)}}
-	for {
-		n, err := unix.Poll(p[:], 0)
-		if err != unix.EINTR {
-			return n == 1 && p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
-		}
-	}
-}
+func hungUp(fd int) bool { return poll.Now(fd, 0)&(unix.POLLHUP|unix.POLLERR) != 0 }
