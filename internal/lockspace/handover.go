@@ -183,8 +183,8 @@ func (t *Table) Confirm(report func(path string, holder *owner.Owner, found file
 func (t *Table) Find(lockspace, name string, pid int32) Hold {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if s := t.spaces[lockspace]; s != nil && s.resources[name] != nil {
-		for _, h := range slices.Backward(s.resources[name].holders) {
+	if r := t.lookup(lockspace, name); r != nil {
+		for _, h := range slices.Backward(r.holders) {
 			if h.owner.PID == pid {
 				return Hold{lockspace, name, h.serial}
 			}

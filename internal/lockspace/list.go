@@ -137,11 +137,7 @@ func (t *Table) Probe(e *Entry) (p filelock.Probe, err error) {
 
 // still returns the resource of an entry, nil if it was given up meanwhile. t.mu is held.
 func (t *Table) still(e *Entry) *resource {
-	s := t.spaces[e.Lockspace]
-	if s == nil {
-		return nil
-	}
-	r := s.resources[e.Resource]
+	r := t.lookup(e.Lockspace, e.Resource)
 	if r == nil || !r.isHeld() || r.lock != e.Lock {
 		return nil
 	}

@@ -284,6 +284,14 @@ func (t *Table) end(r *resource) {
 	t.settles.Broadcast()
 }
 
+// lookup returns the resource of that name in whatever phase, nil if there is none. t.mu is held.
+func (t *Table) lookup(lockspace, name string) *resource {
+	if s := t.spaces[lockspace]; s != nil {
+		return s.resources[name]
+	}
+	return nil
+}
+
 // find returns the settled resource of that name, or nil, with its lockspace. t.mu is held.
 func (t *Table) find(req *Request) (*space, *resource, error) {
 	for {

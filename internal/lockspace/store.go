@@ -160,10 +160,8 @@ func (t *Table) cell(index uint32) *vault.Cell {
 // its release was under way, in a process that died. It may block.
 func (t *Table) ReleaseStored(lockspace, name string, cell uint32) error {
 	t.mu.Lock()
-	if s := t.spaces[lockspace]; s != nil && s.resources[name] != nil {
-		if r := s.resources[name]; r.phase == held && len(r.holders) == 1 {
-			r.lock.Doubt()
-		}
+	if r := t.lookup(lockspace, name); r != nil && r.phase == held && len(r.holders) == 1 {
+		r.lock.Doubt()
 	}
 	t.mu.Unlock()
 	return t.releaseOne(&Request{Lockspace: lockspace, Resource: name}, events.ClientGone, func(r *resource) int {
@@ -175,11 +173,7 @@ func (t *Table) ReleaseStored(lockspace, name string, cell uint32) error {
 // the resource until wait returns. It must be the only one; a resource that has others is left alone.
 func (t *Table) ReleaseAfter(lockspace, name string, cell uint32, wait func()) {
 	t.mu.Lock()
-	s := t.spaces[lockspace]
-	var r *resource
-	if s != nil {
-		r = s.resources[name]
-	}
+	r := t.lookup(lockspace, name)
 	if r == nil || r.phase != held || len(r.holders) != 1 || r.holders[0].cell.Index() != cell {
 		t.mu.Unlock()
 		return
