@@ -20,13 +20,13 @@ type Lock struct {
 	mount  string  // whom a worker works for; "" if it is direct
 	holder *worker // whose process has the lock: only POSIX ones on remote files
 	fd     int32   // the locked file; if it is remote, a cell that the file lies in
+	mode   Mode
+	kind   Kind
 	// private: that cell is the Lock's own, not one that Store has put the file into.
 	private bool
 	weak    bool          // see Weak
 	record  uint64        // the sum of the record that was written; 0: none, or it is not known
 	shares  *atomic.Int32 // how many Locks share this one open file description; nil: it has it alone
-	mode    Mode
-	kind    Kind
 }
 
 // ID returns the identity of the locked file.
