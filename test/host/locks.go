@@ -63,11 +63,20 @@ func (h *Host) locks(path string) ([]Lock, error) {
 	}
 	st := fi.Sys().(*syscall.Stat_t)
 	want := fileID{unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino}
-	b, err := os.ReadFile("/proc/locks")
-	if err != nil {
-		return nil, err
+	// The kernel counts on from where the last read ended. Where others have unlocked something meanwhile, it passes over a lock
+	// that is held all the time, so once is not enough.
+	var before []Lock
+	for first := true; ; first = false {
+		b, err := os.ReadFile("/proc/locks")
+		if err != nil {
+			return nil, err
+		}
+		now, err := parseLocks(string(b), want)
+		if err != nil || !first && slices.Equal(now, before) {
+			return now, err
+		}
+		before = now
 	}
-	return parseLocks(string(b), want)
 }
 
 // parseLocks reads lines such as
