@@ -24,9 +24,8 @@ func TestPreservedStop(t *testing.T) {
 			m := startManaged(t)
 			group := service(t, m.Host)
 			m.kill()
-			m.WriteFile("/tmp/stub/systemctl", "#!/bin/sh\ncase \"$*\" in\n*list-jobs*) echo '7 virtlockd.service stop running' ;;\n*) echo "+preserved+" ;;\nesac\n", 0o755)
 			o := quiet
-			o.Env = []string{"PATH=/tmp/stub:/usr/sbin:/usr/bin:/sbin:/bin"}
+			o.Env = m.systemctl("case \"$*\" in\n*list-jobs*) echo '7 virtlockd.service stop running' ;;\n*) echo " + preserved + " ;;\nesac\n")
 			m.Daemon = m.manager.Start(o)
 			must(t, os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte(fmt.Sprint(m.PID())), 0))
 			must(t, m.bystand.Ping())

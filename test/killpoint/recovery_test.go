@@ -26,11 +26,33 @@ var quiet = host.Options{Config: "log_level = 2\n"}
 
 func startManaged(t testing.TB) *managed {
 	t.Helper()
-	h := host.New(t)
-	m := &managed{&stage{Host: h, t: t}, manager.New(t, h)}
+	m := newManaged(t)
 	m.Daemon = m.manager.Start(quiet)
 	m.populate()
 	return m
+}
+
+// newManaged is a host with a manager, and no daemon yet.
+func newManaged(t testing.TB) *managed {
+	t.Helper()
+	h := host.New(t)
+	return &managed{&stage{Host: h, t: t}, manager.New(t, h)}
+}
+
+// goesOn starts the next daemon, which must have everything, and ends the test.
+func (m *managed) goesOn(when string) {
+	m.t.Helper()
+	m.Daemon = m.manager.Start(quiet)
+	must(m.t, m.bystand.Ping())
+	m.holds(when)
+	m.end()
+}
+
+// systemctl puts a script in the place of that program, and returns the environment in which it is found.
+func (m *managed) systemctl(script string) []string {
+	m.t.Helper()
+	m.WriteFile("/tmp/stub/systemctl", "#!/bin/sh\n"+script, 0o755)
+	return []string{"PATH=/tmp/stub:/usr/sbin:/usr/bin:/sbin:/bin"}
 }
 
 // kill ends the daemon, once it has nothing to do.

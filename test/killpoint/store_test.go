@@ -97,12 +97,11 @@ func TestStoreTooLate(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			h := host.New(t)
-			m := &managed{stage: &stage{Host: h, t: t}, manager: manager.New(t, h)}
+			m := newManaged(t)
 			stall(m.manager)
 			m.Daemon = m.manager.Launch(quiet)
 			says(t, m.Daemon, " warning : ", "locks are lost if this daemon crashes", "did not answer")
-			if s := status(t, h); !strings.Contains(s, "did not answer") {
+			if s := status(t, m.Host); !strings.Contains(s, "did not answer") {
 				t.Errorf("status:\n%s", s)
 			}
 			m.populate()
@@ -112,10 +111,7 @@ func TestStoreTooLate(t *testing.T) {
 				t.Errorf("%d vaults are kept", n)
 			}
 			m.kill()
-			m.Daemon = m.manager.Start(quiet)
-			must(t, m.bystand.Ping())
-			m.holds("after a store that was too late")
-			m.end()
+			m.goesOn("after a store that was too late")
 		})
 	}
 }
@@ -127,9 +123,8 @@ func TestStoreTooLateForRecovery(t *testing.T) {
 	m := startManaged(t)
 	m.kill()
 	m.manager.Pause()
-	m.WriteFile("/tmp/stub/systemctl", "#!/bin/sh\n", 0o755) // there is no job
 	o := quiet
-	o.Env = []string{"PATH=/tmp/stub:/usr/sbin:/usr/bin:/sbin:/bin"}
+	o.Env = m.systemctl("") // there is no job
 	m.Daemon = m.manager.Launch(o)
 	must(t, m.bystand.Ping())
 	m.manager.Continue()
@@ -152,8 +147,7 @@ func TestStoreTooLateForRecovery(t *testing.T) {
 // A vault that was given up but stayed in the store holds nothing, and keeps no daemon from starting.
 func TestEmptyVaultPassed(t *testing.T) {
 	t.Parallel()
-	h := host.New(t)
-	m := &managed{stage: &stage{Host: h, t: t}, manager: manager.New(t, h)}
+	m := newManaged(t)
 	m.manager.Keep(vaultName, rootOf(t, (*vault.Vault).GiveUp), true)
 	m.Daemon = m.manager.Start(quiet)
 	says(t, m.Daemon, " error : ", "it holds nothing")
@@ -162,10 +156,7 @@ func TestEmptyVaultPassed(t *testing.T) {
 		t.Errorf("%d vaults are kept", n)
 	}
 	m.kill()
-	m.Daemon = m.manager.Start(quiet)
-	must(t, m.bystand.Ping())
-	m.holds("after a vault that was empty")
-	m.end()
+	m.goesOn("after a vault that was empty")
 }
 
 // Of two vaults that are passed the one is used that locks and clients are in, whichever comes first.
