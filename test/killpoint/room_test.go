@@ -4,6 +4,7 @@ package killpoint
 
 import (
 	"fmt"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -147,7 +148,9 @@ func TestNoRoomInFlight(t *testing.T) {
 		files = 300
 	)
 	// What is in flight is counted for each user, who must be nobody else's.
-	user := &syscall.Credential{Uid: 64517, Gid: 64517}
+	// Nobody else's, not even another run's: the limit is one for all processes of a user.
+	id := uint32(1<<24 + os.Getpid())
+	user := &syscall.Credential{Uid: id, Gid: id}
 	h := host.New(t)
 	h.Must(func() error {
 		if err := syscall.Mkdir(run, 0o700); err != nil {
