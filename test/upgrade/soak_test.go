@@ -87,7 +87,7 @@ func TestSoak(t *testing.T) {
 			conn.Close() // we have it, too
 		}
 	}
-	run(2000) // what is made once is made
+	run(20_000) // what is made once is made, threads above all: as many as ever waited in the kernel at a time
 	daemon, keeper := m.Kept(), m.PID()
 	before, keeperBefore := countsOf(t, daemon), countsOf(t, keeper)
 	run(pairs)
