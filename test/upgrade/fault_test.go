@@ -209,7 +209,11 @@ func TestSignalsDuringUpgrades(t *testing.T) {
 		t.Errorf("%d upgrades failed: %s", n, last(m.Stderr(), failureLine))
 	}
 	t.Logf("%d upgrades", strings.Count(m.Stderr(), successLine))
-	if code := m.Stop(); code != 0 {
+	// A SIGUSR1 of the storm may still be on its way. SIGTERM within the exec of that upgrade is deadly at once, by design.
+	code := m.Stop()
+	said := m.Stderr()
+	inExec := strings.LastIndex(said, execLine) > strings.LastIndex(said, successLine)
+	if code != 0 && !(inExec && code == -1-int(syscall.SIGTERM)) {
 		t.Errorf("exit code %d", code)
 	}
 }

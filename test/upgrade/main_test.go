@@ -210,6 +210,7 @@ func (m *machine) await(mark mark) {
 
 const (
 	failureLine = "SIGUSR1: no live upgrade"
+	execLine    = "the new binary takes over"
 	successLine = "this binary has taken over"
 )
 
