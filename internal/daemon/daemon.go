@@ -39,6 +39,7 @@ import (
 	"virtlockd/internal/state"
 	"virtlockd/internal/systemd"
 	"virtlockd/internal/vault"
+	"virtlockd/internal/verify"
 	"virtlockd/internal/watch"
 )
 
@@ -221,6 +222,7 @@ type daemon struct {
 	files        *filelock.Files
 	owners       *owner.Registry
 	events       *events.Log
+	checker      *verify.Checker
 	watcher      *watch.Watcher
 	table        *lockspace.Table
 	locks        *lockproto.Program

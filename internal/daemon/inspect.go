@@ -20,10 +20,10 @@ func (d *daemon) servers() []*rpc.Server { return []*rpc.Server{d.admin, d.lock}
 // inspection returns the programs by which virtlockctl looks at us.
 func (d *daemon) inspection() []rpc.Program {
 	serving := time.Now()
-	checker := verify.New(d.table)
+	d.checker = verify.New(d.table)
 	d.watcher = watch.New(watch.Config{
 		Table:   d.table,
-		Checker: checker,
+		Checker: d.checker,
 		Events:  d.events,
 		Logger:  d.category("locking.lock_daemon"),
 		Action:  func() string { return d.limits.Load().LockLostAction },
@@ -32,7 +32,7 @@ func (d *daemon) inspection() []rpc.Program {
 		Table:   d.table,
 		Files:   d.files,
 		Events:  d.events,
-		Checker: checker,
+		Checker: d.checker,
 		Watcher: d.watcher,
 		Safe:    d.safe,
 		Servers: d.servers,

@@ -26,9 +26,11 @@ import (
 	"virtlockd/internal/buildinfo"
 	"virtlockd/internal/conf"
 	"virtlockd/internal/filelock"
+	"virtlockd/internal/lockspace"
 	"virtlockd/internal/logging"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
+	"virtlockd/internal/verify"
 )
 
 const (
@@ -75,6 +77,9 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 	}
 	if err == nil {
 		err = d.noCallStuck()
+	}
+	if err == nil && next.reader == state.C {
+		err = d.disksAnswer()
 	}
 	if err != nil {
 		if ctx.Err() == nil {
@@ -294,6 +299,30 @@ func (d *daemon) noCallStuck() error {
 		if age := time.Since(c.Since); c.Worker == 0 && age > stuck {
 			return fmt.Errorf("the call %q on %s has been waiting for its disk for %v, and the upgrade would wait too; try again when it has ended",
 				c.Op, c.Path, age.Round(time.Millisecond))
+		}
+	}
+	return nil
+}
+
+// disksAnswer tells of a disk that does not answer although a lock is held on it. The C daemon is given open files instead of cells, whose
+// close may ask the disk, and so would we on the way back. It takes a second at most.
+func (d *daemon) disksAnswer() error {
+	asked := map[string]bool{}
+	for from, more := 0, true; more; more = from != 0 {
+		var entries []lockspace.Entry
+		entries, from = d.table.List(from, 1024)
+		for i := range entries {
+			e := &entries[i]
+			mount := e.Lock.Mount()
+			if mount == "" || e.Lock.ID().Block || asked[mount] { // to close a block device that others have open asks nobody
+				continue
+			}
+			asked[mount] = true
+			for _, f := range d.checker.Check(e) {
+				if f.Kind == verify.NoAnswer {
+					return fmt.Errorf("the C daemon would wait for the disk of %s with every lock: %s; try again when it answers", e.Path, f.Text)
+				}
+			}
 		}
 	}
 	return nil

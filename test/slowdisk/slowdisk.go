@@ -34,6 +34,7 @@ const (
 	Lock   Op = "lock"
 	Write  Op = "write"
 	Read   Op = "read"
+	Flush  Op = "flush" // asked at each close of a descriptor
 )
 
 // Options of a mount.
@@ -316,6 +317,7 @@ func (f *file) handle() handle {
 
 var (
 	_ fs.NodeOpener    = (*file)(nil)
+	_ fs.NodeFlusher   = (*file)(nil)
 	_ fs.NodeReleaser  = (*file)(nil)
 	_ fs.NodeGetattrer = (*file)(nil)
 	_ fs.NodeReader    = (*file)(nil)
@@ -338,6 +340,12 @@ func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Err
 		return nil, 0, f.disk.shut
 	}
 	return f.handle(), 0, 0
+}
+
+// Flush implements fs.NodeFlusher.
+func (f *file) Flush(context.Context, fs.FileHandle) syscall.Errno {
+	f.disk.pass(Flush)
+	return 0
 }
 
 // Release implements fs.NodeReleaser. The kernel unlocks nothing when an open file description goes that has a lock of a disk that decides

@@ -123,6 +123,35 @@ func TestHungDisk(t *testing.T) {
 	}
 }
 
+// The C daemon gets the files themselves, and a close of one asks its disk: while that does not answer, nothing is handed over, and
+// everybody is served.
+func TestDeadDiskToC(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	l := m.startPairs(2)
+	disk := slowdisk.Mount(t, m.Host, "/tmp/slow", slowdisk.Options{})
+	disk.Fill("x")
+	must(t, locks.conn.Acquire("", "/tmp/slow/x", 0))
+	disk.Hang(slowdisk.Flush)
+	disk.Hang(slowdisk.Read)
+	m.turn(host.C(t))
+	m.fails("the C daemon would wait for the disk of /tmp/slow/x")
+	disk.Resume(slowdisk.Flush)
+	disk.Resume(slowdisk.Read)
+	l.end()
+	m.handTo(m.pidOf(), host.C(t), locks.conn)
+	locks.check(m)
+	must(t, locks.conn.Release("", "/tmp/slow/x"))
+	if !m.Free("/tmp/slow/x", true) {
+		t.Error("the file is not free after its release by the C daemon")
+	}
+	if seen, _ := outside.end(t); len(seen) > 0 {
+		t.Errorf("from outside: %q", seen)
+	}
+}
+
 // A call on a local disk that is stuck can't be left behind: the upgrade is put off, until the disk answers.
 func TestStuckLocalDisk(t *testing.T) {
 	t.Parallel()

@@ -177,7 +177,7 @@ func (m *machine) ready(n int) bool {
 }
 
 // handed is how often the log says that everything is handed over to the next binary.
-func (m *machine) handed() int { return strings.Count(m.Stderr(), "the new binary takes over") }
+func (m *machine) handed() int { return strings.Count(m.Stderr(), execLine) }
 
 // upgraded tells whether another binary is ready.
 func (m *machine) upgraded(since mark) bool {
