@@ -239,7 +239,7 @@ func (r *recovery) owner(o state.Owner) int32 {
 		at = add()
 	default:
 		is := &r.snapshot.Owners[at]
-		is.Kind, is.Stopped = max(is.Kind, o.Kind), is.Stopped || o.Stopped
+		is.Kind, is.Stopped, is.Ending = max(is.Kind, o.Kind), is.Stopped || o.Stopped, is.Ending || o.Ending
 		unix.Close(int(o.PIDFD))
 	}
 	return at
@@ -324,7 +324,7 @@ func (r *recovery) hold(f *vault.Found) error {
 	for _, fd := range fds { // the same open file description again
 		unix.Close(fd)
 	}
-	h.Owner.Stopped = word == vault.Stopped
+	h.Owner.Stopped, h.Owner.Ending = word == vault.Stopped, word == vault.Ending
 	moved := word == vault.Moving && r.holds(res, h)
 	res.Owners = append(res.Owners, r.owner(h.Owner))
 	res.Cells = append(res.Cells, cell)

@@ -39,6 +39,7 @@ func TestRecoveredHolds(t *testing.T) {
 		{name: "to be replaced", words: []uint64{vault.Moving}, held: []int{1}},
 		{name: "to be replaced, beside others", words: []uint64{vault.Moving, 0}, held: []int{1, 2}},
 		{name: "stopped", words: []uint64{vault.Stopped, 0}, held: []int{1, 2}},
+		{name: "being ended", words: []uint64{vault.Ending, 0}, held: []int{1, 2}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -109,6 +110,11 @@ func TestRecoveredHolds(t *testing.T) {
 				}
 			}
 			want("end", end, tt.end)
+			for i, o := range r.snapshot.Owners {
+				if word := tt.words[o.PID-1]; o.Stopped != (word == vault.Stopped) || o.Ending != (word == vault.Ending) {
+					t.Errorf("owner %d with word %d: stopped %v, being ended %v", i, word, o.Stopped, o.Ending)
+				}
+			}
 		})
 	}
 }

@@ -305,6 +305,7 @@ func (p *Program) Closed(c *rpc.Client, byPeer bool) {
 	s := c.Session.(*session)
 	if self := s.self.Load(); byPeer && self != nil && p.cfg.Table.Holds(self) {
 		p.cfg.Owners.HangUp(self)
+		p.cfg.Table.NoteOwner(self)
 	}
 	s.forget()
 }

@@ -8,6 +8,7 @@ import (
 	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
+	"virtlockd/internal/state"
 	"virtlockd/internal/vault"
 )
 
@@ -33,8 +34,8 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 	if err == nil {
 		var b [512]byte
 		if err = r.lock.Store(cell, h.Record(b[:0]), h.Owner.PIDFD); err == nil {
-			if h.Owner.Stopped {
-				cell.Word().Store(vault.Stopped)
+			if word := wordOf(&h.Owner); word != 0 {
+				cell.Word().Store(word)
 			}
 			return cell
 		}
@@ -45,18 +46,32 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 	return nil
 }
 
-// NoteStopped notes beside the holds of an owner whether he is stopped, so that this is known after a crash.
-func (t *Table) NoteStopped(o *owner.Owner) {
+// wordOf returns what is noted beside each hold of an owner of what is being done to him.
+func wordOf(o *state.Owner) uint64 {
+	switch {
+	case o.Ending:
+		return vault.Ending
+	case o.Stopped:
+		return vault.Stopped
+	}
+	return 0
+}
+
+// NoteOwner notes beside the holds of an owner whether he is stopped or being ended, so that this is known after a crash.
+func (t *Table) NoteOwner(o *owner.Owner) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	was, is := uint64(vault.Stopped), uint64(0)
-	if o.Stopped() {
-		was, is = is, was
-	}
+	s := o.State()
+	is := wordOf(&s)
 	for _, r := range t.byOwner[o] {
 		for _, h := range r.holders {
-			if h.owner == o && h.cell != nil {
-				h.cell.Word().CompareAndSwap(was, is) // what is being done to a hold counts more
+			if h.owner != o || h.cell == nil {
+				continue
+			}
+			for _, was := range [...]uint64{0, vault.Stopped, vault.Ending} { // what is being done to a hold counts more
+				if h.cell.Word().CompareAndSwap(was, is) {
+					break
+				}
 			}
 		}
 	}

@@ -240,8 +240,8 @@ func (c *Client) register() error {
 func (c *Client) closeDescriptor() {
 	// An error says that it is not registered, which is what we want.
 	_ = c.server.poller.Remove(c.token, c.fd)
-	c.unkeep()
 	if !c.byPeer {
+		c.unkeep() // else the next process, after a crash, would take the end that follows for the peer's
 		// A copy of the descriptor in a child that was just forked must not keep
 		// the peer waiting.
 		_ = unix.Shutdown(c.fd, unix.SHUT_RDWR)

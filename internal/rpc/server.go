@@ -456,6 +456,7 @@ func (s *Server) ended(c *Client) {
 	for i := range s.programs {
 		s.programs[i].Closed(c, c.byPeer)
 	}
+	c.unkeep() // not before: after a crash the next process would not know that the peer has hung up
 	if s.cfg.Changed != nil {
 		s.cfg.Changed()
 	}

@@ -43,7 +43,7 @@ func (c *Cell) Index() uint32 {
 }
 
 // Word is a number beside the cell that outlives the process like what is in it. What it means is the business
-// of whoever uses the cell: of a hold's, see Releasing, Stopped, Moving, Busy and Filling. nil: the cell belongs to no vault.
+// of whoever uses the cell: of a hold's, see Releasing, Stopped, Ending, Moving, Busy and Filling. nil: the cell belongs to no vault.
 func (c *Cell) Word() *atomic.Uint64 { return c.word }
 
 // Releasing is the word of a hold that is being released: whoever finds it after a crash goes on with that.
@@ -51,6 +51,9 @@ const Releasing = 1
 
 // Stopped is the word of a hold whose owner the daemon has stopped, because a lock was lost.
 const Stopped = 3
+
+// Ending is the word of a hold whose owner is being ended, because it has closed its connection. It goes before Stopped.
+const Ending = 6
 
 // Moving is the word of a hold that is being stored once more, with another lock on its file. Whoever finds both after a crash
 // releases this one.

@@ -319,7 +319,7 @@ func (w *Watcher) punish(o *owner.Owner, action string) {
 func (w *Watcher) stop(o *owner.Owner) error {
 	err := o.Stop()
 	if err == nil {
-		w.cfg.Table.NoteStopped(o)
+		w.cfg.Table.NoteOwner(o)
 	}
 	return err
 }
@@ -434,7 +434,7 @@ func (w *Watcher) Resume(ctx context.Context, meant func(*owner.Owner) bool) (*o
 	if err != nil {
 		return nil, err
 	}
-	w.cfg.Table.NoteStopped(who)
+	w.cfg.Table.NoteOwner(who)
 	return who.Details(), nil
 }
 

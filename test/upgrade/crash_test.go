@@ -122,6 +122,36 @@ func TestKeeperKilled(t *testing.T) {
 	eventually(t, "both have ended", func() bool { return parentOf(keeper) == 0 && parentOf(daemon) == 0 })
 }
 
+// A guest that has hung up and ignores SIGTERM is ended by the next daemon, if the one that has begun with that is killed.
+func TestKillRuleOutlivesCrash(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	g := m.Spawn(host.ProcessOptions{})
+	g.IgnoreTerm()
+	c := g.Dial(m.Daemon, "lock")
+	must(t, c.Register(wire.VM(g.PID())))
+	must(t, c.Acquire("", host.Data+"/guest", wire.Autocreate))
+	daemon := m.Kept()
+	host.Settled(t, daemon)
+	c.Close()
+	m.says("it is asked to end (SIGTERM)")
+	host.Settled(t, daemon)
+	must(t, unix.Kill(daemon, unix.SIGKILL))
+	eventually(t, "there is another daemon", func() bool { return m.countLines("recovery: this process has taken over") == 1 })
+	late := m.countLines("ignores SIGTERM; it is killed") > 0 // on a slow machine the first one has done everything
+	eventually(t, "the end of the guest", g.Dead)
+	eventually(t, "the end of its lock", func() bool { return !m.Exists(host.Data + "/guest") })
+	if n := m.countLines("it is asked to end (SIGTERM)"); n != 2 && !late {
+		t.Errorf("it was asked to end %d times, want 2", n)
+	}
+	locks.check(m)
+	if seen, _ := outside.end(t); len(seen) > 0 {
+		t.Errorf("from outside: %q", seen)
+	}
+}
+
 // A live upgrade is told when the keeper has followed, so that who waits for that can stop the daemon, by whichever of the two.
 func TestStopAfterUpgrade(t *testing.T) {
 	t.Parallel()
