@@ -204,13 +204,13 @@ func (l *Lock) lockError(errno syscall.Errno, record []byte) error {
 }
 
 // giveUp gives up a direct lock. unlink, if not nil, is called before, while
-// the lock is exclusive, or not at all; cell, if not nil, has the last copy of the
+// the lock is exclusive, or not at all: see Release. cell, if not nil, has the last copy of the
 // descriptor.
 func (l *Lock) giveUp(o *op, unlink func() error, cell *vault.Cell) (err error) {
 	if l.kind == POSIX {
 		err = l.files.posix.release(&o.scratch, l.id, int(l.fd), unlink)
 	} else {
-		if unlink != nil && (l.mode == Exclusive || o.setLock(int(l.fd), unix.F_OFD_SETLK, unix.F_WRLCK) == 0) {
+		if unlink != nil && o.setLock(int(l.fd), unix.F_OFD_SETLK, unix.F_WRLCK) == 0 {
 			err = unlink()
 		}
 		// Explicitly, since another copy of the descriptor would keep it.
@@ -227,8 +227,10 @@ func (l *Lock) giveUp(o *op, unlink func() error, cell *vault.Cell) (err error) 
 // Release gives the lock up, in any case; the error says what went wrong
 // beside that, for the log. A lease file is emptied and removed on the way: what is
 // at the path unlink (if not ""), if it is the locked file itself, regular and
-// empty or a record, and nobody else holds it: a shared lock is made exclusive for
-// that, or nothing is removed.
+// empty or a record, and nobody else holds it. The kernel is asked for an exclusive
+// lock before that, also if it should have one: a lock that was lost may be somebody
+// else's by now, and without his file the next one would get another one. If it is
+// refused, nothing is removed.
 //
 // cell is the one that the last hold was stored in, nil if it was not. It is empty
 // afterwards. In a process that dies in the midst of this, the cell still has the

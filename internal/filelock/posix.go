@@ -109,7 +109,7 @@ func (t *posixTable) lock(s *scratch, id FileID, fd int, mode Mode) (errno sysca
 	return errno
 }
 
-// release gives up one lock and fd. If it is the last one, and exclusive or
+// release gives up one lock and fd. If it is the last one, and exclusive still or
 // can be made so, unlink (which may be nil) is called before.
 func (t *posixTable) release(s *scratch, id FileID, fd int, unlink func() error) (err error) {
 	file := t.enter(id)
@@ -120,7 +120,7 @@ func (t *posixTable) release(s *scratch, id FileID, fd int, unlink func() error)
 		return nil
 	}
 	t.change(file, func() {
-		if unlink != nil && (file.exclusive || s.setLock(fd, unix.F_SETLK, unix.F_WRLCK) == 0) {
+		if unlink != nil && s.setLock(fd, unix.F_SETLK, unix.F_WRLCK) == 0 {
 			err = unlink()
 		}
 		s.setLock(fd, unix.F_SETLK, unix.F_UNLCK)

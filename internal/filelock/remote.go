@@ -39,7 +39,7 @@ func (l *Lock) lockRemote(o *op, mount, path string, create bool, record []byte)
 		if errors.Is(err, errDied) {
 			// It may have stored the file before. If this fails too, closing
 			// the cell gives the lock up.
-			_, _ = l.files.pool.call(o, mount, nil, request{op: workRelease, mode: l.mode, fds: []int{cell.FD()}})
+			_, _ = l.files.pool.call(o, mount, nil, request{op: workRelease, fds: []int{cell.FD()}})
 		}
 		err = wrap(OpWorker, l.path, err)
 	case stepOpen:
@@ -67,10 +67,7 @@ func (l *Lock) releaseRemote(o *op, unlink string, cell *vault.Cell) error {
 		}
 		unlink = abs
 	}
-	r := request{op: workRelease, mode: l.mode, path: unlink}
-	if l.weak {
-		r.mode = Shared
-	}
+	r := request{op: workRelease, path: unlink}
 	if l.holder == nil {
 		r.fds = []int{int(l.fd)}
 	}

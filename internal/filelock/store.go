@@ -91,10 +91,6 @@ func (l *Lock) LiesIn(cell *vault.Cell) {
 	l.fd, l.private = int32(cell.FD()), false
 }
 
-// Doubt says that the kernel may have given the lock to somebody else, since it was being released in a process that died. Release then
-// removes no lease file without a look at that.
-func (l *Lock) Doubt() { l.mode = Shared }
-
 // LeaveCell moves the file of a remote lock to a cell of its own, if it lies in that of a hold, which is about to be closed.
 func (l *Lock) LeaveCell() error {
 	if l.private || l.kind == POSIX {

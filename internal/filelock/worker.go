@@ -135,7 +135,7 @@ func (w *work) serve() bool {
 	sent := w.send(answer)
 	if !sent && r.op == workLock && answer.errno == 0 && answer.step == stepNone {
 		// Nobody knows of this lock, nor of a lease file that was made for it.
-		undo := request{op: workRelease, mode: r.mode, fds: r.fds}
+		undo := request{op: workRelease, fds: r.fds}
 		if r.create {
 			undo.path = r.path
 		}
@@ -283,7 +283,7 @@ func (w *work) release(r request) reply {
 		defer unix.Close(fd)
 	}
 	var errno syscall.Errno
-	if r.path != "" && (r.mode == Exclusive || w.setLock(fd, cmd, unix.F_WRLCK) == 0) {
+	if r.path != "" && w.setLock(fd, cmd, unix.F_WRLCK) == 0 {
 		errno = w.unlinkLease(fd, r.path)
 	}
 	if len(r.fds) > 0 {

@@ -174,11 +174,6 @@ func (t *Table) cell(index uint32) *vault.Cell {
 // ReleaseStored gives up the hold that is stored in a cell, if there still is one: its acquisition was never answered, or
 // its release was under way, in a process that died. It may block.
 func (t *Table) ReleaseStored(lockspace, name string, cell uint32) error {
-	t.mu.Lock()
-	if r := t.lookup(lockspace, name); r != nil && r.phase == held && len(r.holders) == 1 {
-		r.lock.Doubt()
-	}
-	t.mu.Unlock()
 	return t.releaseOne(&Request{Lockspace: lockspace, Resource: name}, events.ClientGone, func(r *resource) int {
 		return slices.IndexFunc(r.holders, func(h hold) bool { return h.cell.Index() == cell })
 	})
@@ -193,7 +188,6 @@ func (t *Table) ReleaseAfter(lockspace, name string, cell uint32, wait func()) {
 		t.mu.Unlock()
 		return
 	}
-	r.lock.Doubt()
 	t.dropHolder(r, 0, events.ClientGone)
 	t.begin(r, releasing)
 	t.mu.Unlock()

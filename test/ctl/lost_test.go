@@ -260,13 +260,51 @@ func TestReleaseOnHungDisk(t *testing.T) {
 		t.Errorf("release: %v", r)
 	}
 	disk.Resume(slowdisk.Unlink)
-	if !host.Eventually(func() bool {
-		var locks []inspect.Lock
-		read(t, h, ok, &locks, "list")
-		return len(locks) == 0 && !disk.Has("a")
-	}) {
+	if !host.Eventually(func() bool { return held(t, h) == 0 && !disk.Has("a") }) {
 		t.Error("the lock is left")
 	}
+}
+
+// A lease that somebody else has by now keeps its file, and what he wrote into it: who came next would make another file, and lock that.
+func TestReleaseOfLostLease(t *testing.T) {
+	t.Parallel()
+	for name, release := range map[string]func(*guarded, string){
+		"by its client":       func(g *guarded, path string) { must(g.T, g.c.Release("", path)) },
+		"by its end":          func(g *guarded, _ string) { g.p.Kill() },
+		"by an administrator": func(g *guarded, path string) { want(g.T, g.h, ok, "release", "--yes", path) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGuarded(t, "log")
+			disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
+			const local, remote, own = host.Data + "/lease", "/tmp/slow/lease", host.Data + "/own"
+			for _, path := range []string{local, remote, own} {
+				must(t, g.c.Acquire("", path, wire.Autocreate))
+			}
+			g.steal(local)
+			disk.Steal("lease")
+			for _, path := range []string{own, local, remote} {
+				release(g, path)
+			}
+			if !host.Eventually(func() bool { return !g.h.Exists(own) && held(t, g.h) == 0 }) {
+				t.Fatal("not everything is released")
+			}
+			if info, err := os.Stat(g.h.Path(local)); err != nil || info.Size() == 0 {
+				t.Errorf("another one's lease was removed or emptied: %v", err)
+			}
+			if !disk.Has("lease") {
+				t.Error("another one's lease on another host was removed")
+			}
+		})
+	}
+}
+
+// held returns how many locks are.
+func held(t *testing.T, h *host.Host) int {
+	t.Helper()
+	var locks []inspect.Lock
+	read(t, h, ok, &locks, "list")
+	return len(locks)
 }
 
 // So is the order to continue a guest, who then stays stopped.
