@@ -222,6 +222,7 @@ type daemon struct {
 	files        *filelock.Files
 	owners       *owner.Registry
 	events       *events.Log
+	noted        atomic.Uint64 // what was locked when the note of that was written, see lockspace.Table.Serial
 	checker      *verify.Checker
 	watcher      *watch.Watcher
 	table        *lockspace.Table

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"virtlockd/internal/events"
 	"virtlockd/internal/state"
 )
 
@@ -29,14 +30,12 @@ func (p paths) note() string { return filepath.Join(p.runDir, noteName) }
 func (d *daemon) keepNote(ctx context.Context) {
 	tick := time.NewTicker(noteEvery)
 	defer tick.Stop()
-	var written uint64 // the table's state
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			if now := d.table.Serial(); now != written {
-				written = now
+			if now := d.table.Serial(); d.noted.Swap(now) != now {
 				if err := d.writeNote(); err != nil {
 					d.log.Debug("the note of what is locked was not written", "error", err)
 				}
@@ -77,8 +76,10 @@ func (d *daemon) readNote() {
 	}
 	if err == nil {
 		for line := range bytes.Lines(data) { // of any length
+			line = bytes.TrimSuffix(line, []byte("\n"))
 			d.log.Error("a lock was lost: the daemon before this one was killed together with whoever kept its locks, or nobody did; suspend and resume the guest to lock its disk again",
-				"lock", string(bytes.TrimSuffix(line, []byte("\n"))))
+				"lock", string(line))
+			d.events.Add(events.Event{Kind: events.Lost, Reason: events.Gone, Text: "by the daemon before this one, which was killed: " + string(line)})
 		}
 	}
 	if err := errors.Join(err, state.Remove(d.paths.note())); err != nil {
@@ -86,8 +87,9 @@ func (d *daemon) readNote() {
 	}
 }
 
-// forgetNote removes the note, because no lock is lost.
+// forgetNote removes the note, because no lock is lost. If the daemon goes on after all, it writes another one.
 func (d *daemon) forgetNote() {
+	d.noted.Store(^uint64(0))
 	if err := state.Remove(d.paths.note()); err != nil {
 		d.log.Warn("the note of what was locked stays", "error", err)
 	}

@@ -143,6 +143,7 @@ func (d *daemon) openVault(roots []int) (v *vault.Vault, found []vault.Found, er
 				v, one, found, latest = one, v, records, age
 			}
 			one.Close() // the store has it still
+			d.safety.another = true
 		}
 	}
 	if v != nil {

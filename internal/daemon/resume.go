@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/buildinfo"
+	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
@@ -384,10 +385,12 @@ func (d *daemon) adoptLock(h *heir, owners []*owner.Owner) bool {
 	}
 	if h.lock == nil {
 		tell(slog.LevelError, d.cause+"a lock is not kept: its descriptor can't be used and its file can't be locked anew; stop the guest or make sure that nobody else uses the disk", "error", h.err)
+		d.reportLoss(h.res.Path, holders, "it is not kept by the daemon that has taken over: "+h.err.Error())
 		return false
 	}
 	if h.err != nil {
 		tell(slog.LevelError, d.cause+"the descriptor of a lock can't be used, so its file was locked anew", "error", h.err)
+		d.reportLoss(h.res.Path, holders, "taken again; how long it was free is not known: "+h.err.Error())
 	}
 	rivals, err := d.table.Adopt(h.dir, h.res, holders, h.lock)
 	if err != nil {
@@ -414,11 +417,23 @@ func (d *daemon) tellFinding(path string, holder *owner.Owner, found filelock.Fi
 	switch found {
 	case filelock.Regained:
 		d.log.Error(d.cause+"a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known", args...)
+		d.reportLoss(path, []*owner.Owner{holder}, "it had been lost before the daemon took over; taken again")
 	case filelock.Lost:
 		d.log.Error(d.cause+"a lock had been lost while its owner held it, and somebody else has it now; nobody is let in besides; stop one of the two", args...)
 	case filelock.Weakened:
 		d.log.Warn(d.cause+"somebody else took a shared lock while this one was converted; it is tried until it is exclusive again", args...)
 	}
+}
+
+// reportLoss tells those who look at us of a lock that its owner did not have all the time. Where somebody else has it now, the watcher
+// tells.
+func (d *daemon) reportLoss(path string, holders []*owner.Owner, text string) {
+	e := events.Event{Kind: events.Lost, Reason: events.Gone, Resource: path, Text: text}
+	if len(holders) > 0 {
+		o := holders[0].Details()
+		e.Owner, e.UUID, e.PID = o.Name, o.UUID, holders[0].PID
+	}
+	d.events.Add(e)
 }
 
 // inherit takes the lock over by its descriptor, or says in err why that is not what the state says.

@@ -29,6 +29,8 @@ const (
 	probeName = "virtlockd-probe"
 	// storeTime bounds the wait for the store. systemd is slow while it boots a host.
 	storeTime = 5 * time.Second
+	// leaveTime is the same with everybody frozen, after it has answered.
+	leaveTime = time.Second
 	// keptPID stands for the process id in the settings that are stored: they are read by another process.
 	keptPID = 1
 )
@@ -47,6 +49,7 @@ type safety struct {
 	changing sync.Mutex
 	again    chan struct{} // guard is to look at once
 	wanted   bool          // that a keeper of ours keeps it; does not change after the start
+	another  bool          // there was another vault at the start, which is not used; does not change after that
 
 	mu     sync.Mutex // of what follows; never held over a system call that can block
 	store  systemd.Notifier
@@ -277,6 +280,27 @@ func (d *daemon) ownState() (s *state.Snapshot, fds []int) {
 	return s, fds
 }
 
+// mayLeaveVault tells why the vault can't be given up: something in it is a lock, as far as can be told, that nobody else would go on with;
+// or whoever keeps it does not answer, and everybody would wait for that.
+func (d *daemon) mayLeaveVault() error {
+	s := &d.safety
+	s.mu.Lock()
+	v, store := s.vault, s.store
+	s.mu.Unlock()
+	switch {
+	case v == nil:
+		return nil
+	case s.another:
+		return errors.New("there is another vault, and the locks in it would be given up; see the log of the recovery")
+	case v.Unknown() > 0:
+		return fmt.Errorf("%d records in the vault are not understood, and the locks that they stand for would be given up; go on with the version that has written them, or stop the service", v.Unknown())
+	}
+	if err := store.Barrier(storeTime); err != nil {
+		return fmt.Errorf("the descriptor store that has the vault does not answer; try again when it does: %w", err)
+	}
+	return nil
+}
+
 // leaveVault gives the vault up, because the binary that comes next knows nothing of it: the C daemon releases a lock by
 // closing its descriptor, which a copy in the vault would keep for ever. Everything is frozen, and changing is held.
 //
@@ -295,7 +319,7 @@ func (d *daemon) leaveVault() error {
 	}
 	err := store.Remove(vaultName)
 	if err == nil {
-		err = store.Barrier(storeTime)
+		err = store.Barrier(leaveTime)
 	}
 	if err != nil {
 		s.unkept(err) // what was sent may be worked off yet

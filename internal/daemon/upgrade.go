@@ -79,7 +79,9 @@ func (d *daemon) prepareUpgrade(ctx context.Context) *successor {
 		err = d.noCallStuck()
 	}
 	if err == nil && next.reader == state.C {
-		err = d.disksAnswer()
+		if err = d.mayLeaveVault(); err == nil {
+			err = d.disksAnswer()
+		}
 	}
 	if err != nil {
 		if ctx.Err() == nil {

@@ -378,6 +378,15 @@ func (k *keeper) forward() (code int, end bool) {
 	return 0, false
 }
 
+// programNow returns the program that the daemon runs. It may have come there by a link that leads elsewhere now.
+func (k *keeper) programNow() string {
+	path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", k.pid))
+	if err != nil || k.pidfd < 0 {
+		return k.program
+	}
+	return strings.TrimSuffix(path, " (deleted)") // replaced: the new one has its name
+}
+
 // goOn runs the installed binary in our place, with everything that we have. It returns if that didn't work, and then everything is as
 // it was.
 //
@@ -393,6 +402,6 @@ func (k *keeper) goOn() {
 	close(k.came)
 	<-k.caught
 	k.takeSignals()
-	_ = k.become(k.program)
+	_ = k.become(k.programNow())
 	k.listen()
 }

@@ -128,6 +128,7 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 	r.alias = t.files[lock.ID()]
 	t.files[lock.ID()] = r
 	t.slots.add(r)
+	lies := false // in a cell, the file of a lock that may hang
 	for i, o := range owners {
 		h := hold{owner: o}
 		if i < len(res.Since) {
@@ -136,7 +137,8 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 		if i < len(res.Cells) {
 			h.cell = t.cell(res.Cells[i])
 		}
-		if i == 0 && h.cell != nil {
+		if !lies && h.cell != nil {
+			lies = true
 			lock.LiesIn(h.cell)
 		}
 		t.addHolder(r, h)

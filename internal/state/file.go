@@ -23,6 +23,9 @@ const MaxFile = 1 << 30
 //	rename(path.new, path)
 //	open(path), read, compare; unlink(path) if they differ
 func Write(path string, data []byte) error {
+	if len(data) > MaxFile {
+		return fmt.Errorf("cannot write the state file: it would have %d bytes, and no more than %d are read again", len(data), MaxFile)
+	}
 	if err := write(path+".new", path, data); err != nil {
 		return fmt.Errorf("cannot write the state file: %w", err)
 	}

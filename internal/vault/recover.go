@@ -144,6 +144,9 @@ func (v *Vault) contents(of func(*Cell) bool) ([]Found, error) {
 				c.Drop()
 			}
 		}
+		if f.Err != nil {
+			v.unknown++
+		}
 		all = append(all, f)
 	}
 	slices.Reverse(all)

@@ -57,6 +57,8 @@ type Vault struct {
 	free    []*Cell    // empty ones, of which the last is taken first
 	idle    int        // how many of the first free ones were not taken since watch
 	watched bool       // shrink will be called
+
+	unknown int // cells whose records are not understood, as it was when they were read
 }
 
 // New makes an empty vault.
@@ -318,6 +320,9 @@ func (v *Vault) GiveUp() {
 	v.root.Empty()
 	v.root.Close()
 }
+
+// Unknown returns how many cells have a record that is not understood. What lies there is somebody's lock, probably.
+func (v *Vault) Unknown() int { return v.unknown }
 
 // Close closes our descriptors. The vault is not usable afterwards; what somebody else keeps of it stays as it is.
 func (v *Vault) Close() {

@@ -51,8 +51,9 @@ type Finding struct {
 const (
 	// patience is for how long one lock is waited for.
 	patience = time.Second
-	// maxRunning bounds the checks that run, most of which were left behind.
-	maxRunning = 16
+	// maxHere and maxElsewhere bound the checks that run, most of which were left behind: in this process, where each has a thread,
+	// and in worker processes.
+	maxHere, maxElsewhere = 16, 256
 	// deathTime is how long the release of a dead owner's locks may take.
 	deathTime = time.Second
 )
@@ -63,11 +64,13 @@ type Checker struct {
 
 	mu      sync.Mutex
 	running map[string]*run // by where
+	here    int             // how many of them run in this process
 }
 
 // run is a check that runs.
 type run struct {
 	since time.Time
+	here  bool
 	done  chan struct{}
 }
 
@@ -92,10 +95,11 @@ func (c *Checker) Check(e *lockspace.Entry) []Finding {
 // file checks the lock and its file.
 func (c *Checker) file(e *lockspace.Entry) []Finding {
 	where := e.Lock.Mount()
-	if where == "" {
+	here := where == ""
+	if here {
 		where = e.Path // what hangs there, if ever, is no reason to leave out others
 	}
-	if hung := c.enter(where); hung != nil {
+	if hung := c.enter(where, here); hung != nil {
 		return hung
 	}
 	probe, err := c.table.Probe(e)
@@ -137,16 +141,23 @@ func (c *Checker) file(e *lockspace.Entry) []Finding {
 }
 
 // enter begins a check, or returns why there is none.
-func (c *Checker) enter(where string) []Finding {
+func (c *Checker) enter(where string, here bool) []Finding {
 	for {
 		c.mu.Lock()
 		other := c.running[where]
+		running, most := len(c.running)-c.here, maxElsewhere
+		if here {
+			running, most = c.here, maxHere
+		}
 		switch {
-		case other == nil && len(c.running) >= maxRunning:
+		case other == nil && running >= most:
 			c.mu.Unlock()
-			return []Finding{{NotChecked, fmt.Sprintf("%d checks have had no answer yet", maxRunning)}}
+			return []Finding{{NotChecked, fmt.Sprintf("%d checks have had no answer yet", running)}}
 		case other == nil:
-			c.running[where] = &run{since: time.Now(), done: make(chan struct{})}
+			c.running[where] = &run{since: time.Now(), here: here, done: make(chan struct{})}
+			if here {
+				c.here++
+			}
 			c.mu.Unlock()
 			return nil
 		}
@@ -161,8 +172,12 @@ func (c *Checker) enter(where string) []Finding {
 
 func (c *Checker) leave(where string) {
 	c.mu.Lock()
-	close(c.running[where].done)
+	r := c.running[where]
+	close(r.done)
 	delete(c.running, where)
+	if r.here {
+		c.here--
+	}
 	c.mu.Unlock()
 }
 

@@ -3,6 +3,7 @@
 package verify
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -181,4 +182,36 @@ func TestConcurrent(t *testing.T) {
 	}
 	close(stop)
 	worker.Wait()
+}
+
+// Disks that hang, however many, keep nobody from looking at the locks on others.
+func TestManyHungDisks(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	o, err := f.owners.Named(&owner.Details{Name: "guest", PID: int32(os.Getpid())}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	local := f.acquire("local", o)
+	for i := range maxElsewhere {
+		if found := f.checker.enter(fmt.Sprint("/mnt/", i), false); found != nil {
+			t.Fatalf("hung disk %d: %v", i, found)
+		}
+	}
+	f.want(local)
+	if err := os.Remove(local.Path); err != nil {
+		t.Fatal(err)
+	}
+	f.want(local, Deleted)
+	if found := f.checker.enter("/mnt/more", false); len(found) != 1 || found[0].Kind != NotChecked {
+		t.Errorf("one disk more: %v", found)
+	}
+	for i := range maxHere {
+		if found := f.checker.enter(fmt.Sprint(i), true); found != nil {
+			t.Fatalf("hung local file %d: %v", i, found)
+		}
+	}
+	f.want(local, NotChecked)
+	f.checker.leave("0")
+	f.want(local, Deleted)
 }

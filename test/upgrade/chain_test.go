@@ -246,6 +246,7 @@ func TestW06LostLock(t *testing.T) {
 				m.says(" error : ", "somebody else has it now", a, "loser")
 			} else {
 				m.says(" error : ", "was taken again", a, "loser")
+				m.lost(a)
 			}
 			other := m.owner(noOneElse, "other")
 			refused(t, "another owner", other.Acquire("", a, 0))

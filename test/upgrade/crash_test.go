@@ -3,8 +3,10 @@
 package upgrade
 
 import (
+	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -152,6 +154,35 @@ func TestKillRuleOutlivesCrash(t *testing.T) {
 	}
 }
 
+// The keeper goes on as the program that the daemon was upgraded to, also if that was installed by another link.
+func TestKeeperFollowsLink(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	program, err := os.ReadFile(host.Ours(t))
+	must(t, err)
+	const next = "/tmp/next-version"
+	m.WriteFile(next, string(program), 0o755)
+	m.turn(next)
+	must(t, unix.Kill(m.pidOf(), unix.SIGUSR1))
+	m.says(" info : ", "live upgrade: this binary has taken over")
+	runs := func(pid int) bool {
+		link, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+		return err == nil && strings.HasSuffix(link, next)
+	}
+	eventually(t, "the keeper is the new program", func() bool { return runs(m.PID()) })
+	m.killKept()
+	must(t, locks.conn.Ping())
+	if daemon := m.pidOf(); !runs(daemon) {
+		t.Error("after a crash another program goes on")
+	}
+	locks.check(m)
+	locks.release(m)
+	if code := m.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
 // A live upgrade is told when the keeper has followed, so that who waits for that can stop the daemon, by whichever of the two.
 func TestStopAfterUpgrade(t *testing.T) {
 	t.Parallel()
@@ -166,6 +197,32 @@ func TestStopAfterUpgrade(t *testing.T) {
 		if m.Exists(pidFile) || !m.Free(locks.paths[0], true) {
 			t.Errorf("the daemon goes on\n%s", host.Shorten(m.Stderr()))
 		}
+	}
+}
+
+// lost requires that the daemon tells of each of these locks by an event, and counts it.
+func (m *machine) lost(paths ...string) {
+	m.t.Helper()
+	ask := func(args ...string) string {
+		path := host.Ctl(m.t)
+		m.Expose(path)
+		var out bytes.Buffer
+		cmd := exec.Command(path, args...)
+		cmd.Dir, cmd.Stdout, cmd.Stderr = host.Cwd, &out, &out
+		must(m.t, m.Do(cmd.Start))
+		if err := cmd.Wait(); err != nil {
+			m.t.Fatalf("virtlockctl %q: %v\n%s", args, err, out.String())
+		}
+		return out.String()
+	}
+	all := ask("events", "--kind", "lost")
+	for _, path := range paths {
+		if !strings.Contains(all, path) {
+			m.t.Errorf("no event tells that the lock on %s was lost:\n%s", path, all)
+		}
+	}
+	if count := fmt.Sprintf("virtlockd_locks_lost_total{reason=\"lock-gone\"} %d\n", len(paths)); !strings.Contains(ask("metrics"), count) {
+		m.t.Errorf("the metrics do not say %s", count)
 	}
 }
 
@@ -191,6 +248,7 @@ func TestBothKilled(t *testing.T) {
 	if m.Exists("/run/libvirt/virtlockd-locks.note") {
 		t.Error("the note is left")
 	}
+	m.lost(locks.paths...)
 	if code := m.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
