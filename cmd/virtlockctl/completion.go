@@ -9,7 +9,7 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// Completion scripts. A test sees to it that they know every command and option.
+// Completion scripts. A test sees to it that they know every command, option and kind of events.
 var (
 	//go:embed completion/virtlockctl.bash
 	bashCompletion string

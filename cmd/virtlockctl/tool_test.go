@@ -5,14 +5,20 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"maps"
+	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 	"unicode"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
+
+	"virtlockd/internal/events"
 )
 
 func TestClean(t *testing.T) {
@@ -110,32 +116,126 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// shell returns the path of a shell whose completion there is.
+func shell(t *testing.T, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Fatalf("%v (install the package %s, as test/setup does)", err, name)
+	}
+	return path
+}
+
+// inShell runs a shell that leaves nothing behind.
+func inShell(t *testing.T, name, input string, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.Command(shell(t, name), args...)
+	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=" + t.TempDir(), "LANG=C"}
+	cmd.Stdin = strings.NewReader(input)
+	out, err := cmd.CombinedOutput()
+	return strings.TrimSpace(string(out)), err
+}
+
+var completions = map[string]string{"bash": bashCompletion, "zsh": zshCompletion, "fish": fishCompletion}
+
 // The completion scripts and the manual page know each command and option.
 func TestCompletion(t *testing.T) {
 	t.Parallel()
-	for shell, script := range map[string]string{"bash": bashCompletion, "zsh": zshCompletion, "fish": fishCompletion} {
+	page, err := os.ReadFile("../../man/virtlockctl.8")
+	if err != nil {
+		t.Fatal(err)
+	}
+	texts := maps.Clone(completions)
+	texts["the manual page"] = strings.ReplaceAll(string(page), `\-`, "-")
+	for where, text := range texts {
 		for _, c := range commands {
-			if !regexp.MustCompile(`\b` + c.name + `\b`).MatchString(script) {
-				t.Errorf("%s does not know %s", shell, c.name)
+			entry := `\b` + c.name + `\b`
+			if where == "the manual page" {
+				entry = `(?m)^\.BI? "?` + c.name + `\b`
+				if c.name == "completion" {
+					entry = `(?m)^\.BR "completion `
+				}
+			}
+			if !regexp.MustCompile(entry).MatchString(text) {
+				t.Errorf("%s does not know %s", where, c.name)
 			}
 			for _, o := range options(&c) {
 				form := "--" + o
-				if shell == "fish" {
+				if where == "fish" {
 					form = "-l " + o
 				}
-				if !strings.Contains(script, form) {
-					t.Errorf("%s does not know --%s of %s", shell, o, c.name)
+				if !regexp.MustCompile(form + `\b`).MatchString(text) {
+					t.Errorf("%s does not know --%s of %s", where, o, c.name)
 				}
 			}
 		}
-		path, err := exec.LookPath(shell)
-		if err != nil {
-			continue
+	}
+}
+
+// Each shell can read its script.
+func TestCompletionParses(t *testing.T) {
+	t.Parallel()
+	for name, script := range completions {
+		if out, err := inShell(t, name, script, "-n"); err != nil || out != "" {
+			t.Errorf("%s does not understand it: %v\n%s", name, err, out)
 		}
-		cmd := exec.Command(path, "-n")
-		cmd.Stdin = strings.NewReader(script)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("%s does not understand it: %v\n%s", shell, err, out)
+		if _, err := inShell(t, name, script+"\nif (\n", "-n"); err == nil {
+			t.Errorf("%s takes anything", name)
+		}
+	}
+}
+
+// All that names the kinds of events names those that the daemon counts.
+func TestKinds(t *testing.T) {
+	t.Parallel()
+	var want []string
+	for _, c := range events.New().Counts() {
+		want = append(want, c.Kind.String())
+	}
+	slices.Sort(want)
+	want = slices.Compact(want)
+	same := func(where string, got []string) {
+		t.Helper()
+		slices.Sort(got)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: (-want +got)\n%s", where, diff)
+		}
+	}
+	same("the tool", slices.Collect(maps.Keys(eventColours)))
+
+	flags := pflag.NewFlagSet("events", pflag.ContinueOnError)
+	showEvents(flags)
+	_, list, _ := strings.Cut(flags.Lookup("kind").Usage, ": ")
+	same("its help", strings.Split(list, ", "))
+
+	got, err := bashCompletes(t, "virtlockctl", "events", "--kind", "")
+	if err != nil {
+		t.Error(err)
+	}
+	same("bash", strings.Fields(got))
+
+	offered := regexp.MustCompile(`:kind:\(([a-z ]+)\)`).FindStringSubmatch(zshCompletion)
+	if offered == nil {
+		t.Fatal("zsh offers no kinds")
+	}
+	same("zsh", strings.Fields(offered[1]))
+
+	// Each line has a description behind a tab.
+	got, err = inShell(t, "fish", fishCompletion+"\ncomplete -C 'virtlockctl events --kind ' | string replace -r '\\t.*' ''\n")
+	if err != nil {
+		t.Errorf("%v\n%s", err, got)
+	}
+	same("fish", strings.Fields(got))
+
+	page, err := os.ReadFile("../../man/virtlockctl.8")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, entry, _ := strings.Cut(string(page), `\-\-kind`)
+	entry, _, _ = strings.Cut(entry, "\n.TP")
+	for _, k := range want {
+		if !regexp.MustCompile(`[" ]` + k + `[" ]`).MatchString(entry) {
+			t.Errorf("the manual page does not know the kind %s", k)
 		}
 	}
 }
@@ -151,12 +251,16 @@ func options(c *command) (names []string) {
 	return names
 }
 
+// bashCompletes returns what bash offers for the last of these words.
+func bashCompletes(t *testing.T, words ...string) (string, error) {
+	t.Helper()
+	// compopt works within a completion only.
+	return inShell(t, "bash", bashCompletion+"\ncompopt() { :; }\nCOMP_WORDS=('"+strings.Join(words, "' '")+"')\nCOMP_CWORD=$((${#COMP_WORDS[@]} - 1))\n_virtlockctl\necho \"${COMPREPLY[*]}\"\n",
+		"--norc", "-s")
+}
+
 func TestBashCompletes(t *testing.T) {
 	t.Parallel()
-	bash, err := exec.LookPath("bash")
-	if err != nil {
-		t.Skip("no bash")
-	}
 	for line, want := range map[string]string{
 		"virtlockctl sta":              "status",
 		"virtlockctl list --lo":        "--lockspace",
@@ -164,18 +268,14 @@ func TestBashCompletes(t *testing.T) {
 		"virtlockctl -c /x events --f": "--follow",
 		"virtlockctl completion f":     "fish",
 		"virtlockctl events --kind re": "released refused recovered",
+		// What -f means depends on the command.
+		"virtlockctl events -f tool_te":     "",
+		"virtlockctl events -f --ki":        "--kind",
+		"virtlockctl metrics -f tool_te":    "tool_test.go",
+		"virtlockctl metrics --file tool_t": "tool_test.go",
+		"virtlockctl -c tool_te":            "tool_test.go",
 	} {
-		words := strings.Fields(line)
-		quoted := make([]string, len(words))
-		for i, w := range words {
-			quoted[i] = "'" + w + "'"
-		}
-		// compopt works within a completion only.
-		script := bashCompletion + "\ncompopt() { :; }\nCOMP_WORDS=(" + strings.Join(quoted, " ") + ")\nCOMP_CWORD=$((${#COMP_WORDS[@]} - 1))\n_virtlockctl\necho \"${COMPREPLY[*]}\"\n"
-		cmd := exec.Command(bash, "--norc", "-s")
-		cmd.Stdin = strings.NewReader(script)
-		out, err := cmd.CombinedOutput()
-		if got := strings.TrimSpace(string(out)); err != nil || got != want {
+		if got, err := bashCompletes(t, strings.Fields(line)...); err != nil || got != want {
 			t.Errorf("%s: %q, %v, want %q", line, got, err, want)
 		}
 	}

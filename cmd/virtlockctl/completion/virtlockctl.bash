@@ -19,13 +19,6 @@ _virtlockctl() {
         [version]=""
         [help]=""
     )
-    COMPREPLY=()
-    case $previous in
-        -c | --socket | -f | --file) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
-        -o | --output) mapfile -t COMPREPLY < <(compgen -W "text json" -- "$current"); return ;;
-        -m | --mode) mapfile -t COMPREPLY < <(compgen -W "exclusive shared" -- "$current"); return ;;
-        -k | --kind) mapfile -t COMPREPLY < <(compgen -W "acquired released refused killed upgraded recovered lost" -- "$current"); return ;;
-    esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         if [[ $word != -* && ${COMP_WORDS[i-1]} != -c && ${COMP_WORDS[i-1]} != --socket ]]; then
@@ -33,6 +26,13 @@ _virtlockctl() {
             break
         fi
     done
+    COMPREPLY=()
+    case $command:$previous in
+        *:-c | *:--socket | metrics:-f | metrics:--file) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
+        *:-o | *:--output) mapfile -t COMPREPLY < <(compgen -W "text json" -- "$current"); return ;;
+        list:-m | list:--mode) mapfile -t COMPREPLY < <(compgen -W "exclusive shared" -- "$current"); return ;;
+        events:-k | events:--kind) mapfile -t COMPREPLY < <(compgen -W "acquired released refused killed upgraded recovered lost faulty" -- "$current"); return ;;
+    esac
     if [[ -z $command ]]; then
         mapfile -t COMPREPLY < <(compgen -W "${!options[*]} --socket --help --version" -- "$current")
     elif [[ $current == -* ]]; then

@@ -29,7 +29,7 @@ complete -c virtlockctl -n '__fish_seen_subcommand_from list' -s m -l mode -x -a
 complete -c virtlockctl -n '__fish_seen_subcommand_from list' -l unsafe -d 'only those that are not crash-safe'
 complete -c virtlockctl -n '__fish_seen_subcommand_from who' -F
 complete -c virtlockctl -n '__fish_seen_subcommand_from events' -s f -l follow -d 'go on until interrupted'
-complete -c virtlockctl -n '__fish_seen_subcommand_from events' -s k -l kind -x -a 'acquired released refused killed upgraded recovered lost' -d 'only of this kind'
+complete -c virtlockctl -n '__fish_seen_subcommand_from events' -s k -l kind -x -a 'acquired released refused killed upgraded recovered lost faulty' -d 'only of this kind'
 complete -c virtlockctl -n '__fish_seen_subcommand_from events' -l after -x -d 'only with a greater number'
 complete -c virtlockctl -n '__fish_seen_subcommand_from check' -s q -l quiet -d 'say nothing'
 complete -c virtlockctl -n '__fish_seen_subcommand_from release' -s l -l lockspace -r -F -d 'directory of the lockspace'
