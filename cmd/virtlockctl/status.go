@@ -66,6 +66,13 @@ func (t *tool) statusLines(s *inspect.Status) []string {
 		}
 		line("server", "%s: %s", clean(v.Name), n)
 	}
+	if s.Files.Max > 0 {
+		n := fmt.Sprintf("%d of at most %d", s.Files.Open, s.Files.Max)
+		if uint64(s.Files.Open)*10 >= s.Files.Max*9 {
+			n = t.paint(red, n)
+		}
+		line("open files", "%s", n)
+	}
 	line("disk calls", "%d in progress; %d worker processes, %d of them busy", s.CallCount, s.Workers.All, s.Workers.Busy)
 	for _, c := range s.Calls {
 		if s.Now.Sub(c.Since) < time.Second {

@@ -96,6 +96,7 @@ type Status struct {
 	Lockspaces int         `json:"lockspaces"`
 	Servers    []Server    `json:"servers"`
 	Workers    WorkerCount `json:"workers"`
+	Files      FileCount   `json:"files"`
 
 	// Calls are those in progress on files, the oldest first; there are CallCount, of which only some are here.
 	Calls     []Call `json:"calls"`
@@ -119,6 +120,12 @@ type Server struct {
 	Name       string `json:"name"`
 	Clients    int    `json:"clients"`
 	MaxClients uint32 `json:"max_clients"`
+}
+
+// FileCount is how many files the process has open: each client and each lock needs one. Zeros: not known, as from an older daemon.
+type FileCount struct {
+	Open int    `json:"open"`
+	Max  uint64 `json:"max"`
 }
 
 // WorkerCount is how many processes work on disks that may hang.

@@ -198,6 +198,29 @@ func TestStatus(t *testing.T) {
 	}
 }
 
+// Both ways to count descriptors agree: that of Linux 6.2 and later, and that for all. It runs alone, since others open files.
+func TestDescriptors(t *testing.T) {
+	before, err := listDescriptors()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 10
+	for range n {
+		f, err := os.Open("/dev/null")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+	}
+	listed, err := listDescriptors()
+	if err != nil || listed != before+n {
+		t.Errorf("%d more than %d are %d, %v", n, before, listed, err)
+	}
+	if got, err := descriptors(); err != nil || got != listed {
+		t.Errorf("counted %d, %v, listed %d", got, err, listed)
+	}
+}
+
 func TestCheckAndEvents(t *testing.T) {
 	t.Parallel()
 	f, c := newFixture(t), new(rpc.Client)

@@ -6,6 +6,8 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/internal/buildinfo"
 	"virtlockd/internal/inspect"
 )
@@ -24,6 +26,7 @@ func (p *reader) status() *inspect.Status {
 	s.CrashSafe, s.CrashSafeReason, s.Locks.CrashSafe = p.cfg.Safe()
 	s.Lockspaces, s.Locks.Exclusive, s.Locks.Shared = p.cfg.Table.Counts()
 	s.Workers.All, s.Workers.Busy = p.cfg.Files.Workers()
+	s.Files = openFiles()
 	for _, server := range p.cfg.Servers() {
 		s.Unstored += server.Unstored()
 		s.Servers = append(s.Servers, inspect.Server{
@@ -41,4 +44,35 @@ func (p *reader) status() *inspect.Status {
 		s.Counts = append(s.Counts, inspect.Count{Kind: c.Kind.String(), Reason: string(c.Reason), N: c.N})
 	}
 	return s
+}
+
+// openFiles counts the open files of this process, and says how many there may be. It takes no lock that others wait for.
+func openFiles() inspect.FileCount {
+	var limit unix.Rlimit
+	n, err := descriptors()
+	if err != nil || unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return inspect.FileCount{}
+	}
+	return inspect.FileCount{Open: n, Max: limit.Cur}
+}
+
+const ownFiles = "/proc/self/fd"
+
+// descriptors counts those of this process.
+func descriptors() (int, error) {
+	// Since Linux 6.2 the directory's size is their number; before it is 0.
+	if st, err := os.Stat(ownFiles); err == nil && st.Size() > 0 {
+		return int(st.Size()), nil
+	}
+	return listDescriptors()
+}
+
+func listDescriptors() (int, error) {
+	dir, err := os.Open(ownFiles)
+	if err != nil {
+		return 0, err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	return len(names) - 1, err // without that of the directory
 }

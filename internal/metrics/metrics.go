@@ -35,6 +35,10 @@ var (
 		"Clients that are connected.", []string{"server"}, nil)
 	maxClients = prometheus.NewDesc("virtlockd_clients_max",
 		"How many clients may be connected; others have to wait.", []string{"server"}, nil)
+	openFiles = prometheus.NewDesc("virtlockd_open_files",
+		"Files that the daemon's process has open.", nil, nil)
+	maxFiles = prometheus.NewDesc("virtlockd_open_files_max",
+		"How many files the daemon's process may have open; each client and each lock needs one.", nil, nil)
 	calls = prometheus.NewDesc("virtlockd_calls",
 		"Calls on files in progress.", nil, nil)
 	oldestCall = prometheus.NewDesc("virtlockd_call_oldest_seconds",
@@ -68,7 +72,7 @@ type Collector struct {
 // Describe implements prometheus.Collector.
 func (c *Collector) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{up, info, started, serving, upgrades, recoveries, crashSafe, locks, safeLocks, lockspaces,
-		clients, maxClients, calls, oldestCall, workers, logDropped} {
+		clients, maxClients, openFiles, maxFiles, calls, oldestCall, workers, logDropped} {
 		out <- d
 	}
 	for _, d := range happened {
@@ -107,6 +111,10 @@ func (c *Collector) Collect(out chan<- prometheus.Metric) {
 	for _, server := range s.Servers {
 		gauge(clients, float64(server.Clients), server.Name)
 		gauge(maxClients, float64(server.MaxClients), server.Name)
+	}
+	if s.Files.Max > 0 { // else the daemon is older, or can't tell
+		gauge(openFiles, float64(s.Files.Open))
+		gauge(maxFiles, float64(s.Files.Max))
 	}
 	gauge(calls, float64(s.CallCount))
 	oldest := 0.0

@@ -53,6 +53,21 @@ func TestCollector(t *testing.T) {
 	}
 }
 
+// An older daemon does not say how many files it may open: no alert is to divide by that.
+func TestFiles(t *testing.T) {
+	t.Parallel()
+	for limit, want := range map[uint64]int{0: 0, 9: 1} {
+		n := gather(t, &Collector{Ask: func() (*inspect.Status, error) {
+			return &inspect.Status{Files: inspect.FileCount{Open: 5, Max: limit}}, nil
+		}})
+		for _, name := range []string{"virtlockd_open_files", "virtlockd_open_files_max"} {
+			if n[name] != want {
+				t.Errorf("with a limit of %d %s has %d values, want %d", limit, name, n[name], want)
+			}
+		}
+	}
+}
+
 func TestDown(t *testing.T) {
 	t.Parallel()
 	n := gather(t, &Collector{Ask: func() (*inspect.Status, error) { return nil, errors.New("away") }})

@@ -6,11 +6,15 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"os"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/inspect"
 	"virtlockd/test/host"
@@ -358,6 +362,39 @@ func TestStatus(t *testing.T) {
 		if !strings.Contains(r.out, text) {
 			t.Errorf("status does not say %q:\n%s", text, r.out)
 		}
+	}
+}
+
+// Each client and each lock needs a file of the daemon, and there may be so many.
+func TestOpenFiles(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	c := d.Client(0x70000001)
+	for i := range 20 {
+		must(t, c.Acquire("", file(h, fmt.Sprint(i)), 0))
+	}
+	must(t, unix.Prlimit(d.PID(), unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 60, Max: 60}, nil))
+	var s inspect.Status
+	if !host.Eventually(func() bool { // connections before may not be closed yet
+		read(t, h, ok, &s, "status")
+		open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.PID()))
+		must(t, err)
+		return s.Files.Open == len(open)+1 // that of the question
+	}) {
+		t.Errorf("it counts %d open files", s.Files.Open)
+	}
+	if s.Files.Max != 60 || s.Files.Open <= 20 {
+		t.Errorf("%+v", s.Files)
+	}
+	if r := want(t, h, ok, "status"); !regexp.MustCompile(`(?m)^open files +\d+ of at most 60$`).MatchString(r.out) {
+		t.Errorf("status does not say how many files may be open:\n%s", r.out)
+	}
+	families := exposition(t, want(t, h, ok, "metrics").out)
+	if n := value(families, "virtlockd_open_files", ""); n <= 20 || n > 60 {
+		t.Errorf("virtlockd_open_files is %v", n)
+	}
+	if n := value(families, "virtlockd_open_files_max", ""); n != 60 {
+		t.Errorf("virtlockd_open_files_max is %v", n)
 	}
 }
 

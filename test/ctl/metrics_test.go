@@ -268,7 +268,7 @@ func TestDashboardAndAlerts(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"VirtlockdLockLost", "VirtlockdLocksRefused", "VirtlockdNotCrashSafe", "VirtlockdClientsNearLimit"} {
+	for _, name := range []string{"VirtlockdLockLost", "VirtlockdLocksRefused", "VirtlockdNotCrashSafe", "VirtlockdClientsNearLimit", "VirtlockdFilesNearLimit"} {
 		if !alerts[name] {
 			t.Errorf("there is no alert %s", name)
 		}
