@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -49,14 +50,22 @@ func showEvents(flags *pflag.FlagSet) func(*tool, []string) error {
 // stream prints events in their order.
 type stream struct {
 	*tool
-	after uint64
-	kinds []string
-	lost  bool // the daemon is gone, which was said
+	after    uint64
+	kinds    []string
+	answered bool // at least once
+	lost     bool // the daemon is gone, which was said
 }
 
 // gone tells whether the daemon may come back, and says once that it is waited for.
 func (s *stream) gone(err error) bool {
-	if !errors.Is(err, inspectclient.ErrLost) && !errors.Is(err, inspectclient.ErrNoDaemon) {
+	switch {
+	case errors.Is(err, inspectclient.ErrNoDaemon):
+	case !s.answered:
+		return false
+	// One that ends accepts and does not answer; one that begins has its socket before it answers.
+	case errors.Is(err, inspectclient.ErrLost), errors.Is(err, inspectclient.ErrDenied), errors.Is(err, inspectclient.ErrBusy),
+		errors.Is(err, os.ErrDeadlineExceeded):
+	default:
 		return false
 	}
 	if !s.lost {
@@ -88,6 +97,7 @@ func (s *stream) read(c *inspectclient.Conn) error {
 		if err != nil {
 			return err
 		}
+		s.answered = true
 		if e.Missed > 0 {
 			fmt.Fprintf(s.err, "virtlockctl: %d events are forgotten already\n", e.Missed)
 		}

@@ -56,6 +56,7 @@ type tool struct {
 	colours  bool
 	socket   string
 	json     bool
+	patience time.Duration // answerTime, but for tests
 }
 
 // command is one word behind the program's name.
@@ -85,7 +86,11 @@ var commands = []command{
 
 // run is the program. It returns the exit code.
 func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) int {
-	t := &tool{ctx: ctx, in: in, out: out, err: errs}
+	return (&tool{ctx: ctx, in: in, out: out, err: errs, patience: answerTime}).main(args)
+}
+
+// main runs a command line and says why it fails.
+func (t *tool) main(args []string) int {
 	err := t.run(args)
 	var code exit
 	var usage *usageError
@@ -97,9 +102,9 @@ func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) 
 	case errors.Is(err, syscall.EPIPE): // who reads us has seen enough
 		return exitOK
 	}
-	fmt.Fprintf(errs, "virtlockctl: %s\n", clean(err.Error()))
+	fmt.Fprintf(t.err, "virtlockctl: %s\n", clean(err.Error()))
 	if hint := hint(err, t.socket); hint != "" {
-		fmt.Fprintf(errs, "hint: %s\n", hint)
+		fmt.Fprintf(t.err, "hint: %s\n", hint)
 	}
 	switch {
 	case errors.As(err, &usage):
@@ -129,7 +134,7 @@ func hint(err error, socket string) string {
 		return "libvirt's own virtlockd runs there, or one of ours that is older; install this one and take over by systemctl reload virtlockd (no lock is lost)"
 	case errors.Is(err, inspectclient.ErrLost):
 		return "it ended, or a live upgrade came in between: try again"
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, inspectclient.ErrBusy):
 		return "it is very busy or stopped; see systemctl status virtlockd"
 	}
 	return ""
@@ -273,7 +278,7 @@ func isTerminal(out io.Writer) bool {
 
 // dial connects to the daemon.
 func (t *tool) dial() (*inspectclient.Conn, error) {
-	return inspectclient.Dial(t.ctx, t.socket, answerTime)
+	return inspectclient.Dial(t.ctx, t.socket, t.patience)
 }
 
 // ask runs f on a connection.

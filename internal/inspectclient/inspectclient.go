@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/internal/inspect"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/xdr"
@@ -27,6 +29,8 @@ var (
 	// ErrForeign is what the C daemon gives rise to, and one of ours that is older than the program.
 	ErrForeign = errors.New("the daemon does not know this program")
 	ErrLost    = errors.New("the daemon has closed the connection")
+	// ErrBusy is what more connections than it has accepted yet give rise to.
+	ErrBusy = errors.New("the daemon accepts no more connections at the moment")
 	// ErrReplaced says that a list has to be read anew.
 	ErrReplaced = errors.New("a live upgrade came while a list was read")
 )
@@ -61,6 +65,8 @@ func reason(err error) error {
 		return fmt.Errorf("%w: %w", ErrNoDaemon, err)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("%w: %w", ErrDenied, err)
+	case errors.Is(err, syscall.EAGAIN):
+		return fmt.Errorf("%w: %w", ErrBusy, err)
 	}
 	return err
 }
@@ -201,19 +207,35 @@ func (c *Conn) exchange(frame []byte) ([]byte, error) {
 	return reply, nil
 }
 
-// lost says what the end of a connection means. One that is closed before the first answer is that of a peer
-// whom the daemon does not serve.
+// lost says what the end of a connection means. One that is closed before the first answer may be that of a peer
+// whom the daemon does not serve, or the daemon has ended meanwhile.
 func (c *Conn) lost(err error) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("no answer within %v: %w", c.timeout, err)
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		if c.serial == 1 {
+		if c.serial == 1 && !c.served() {
 			return fmt.Errorf("%w: it has closed the connection at once", ErrDenied)
 		}
 		return ErrLost
 	}
 	return err
+}
+
+// served tells whether the daemon serves who we are. It serves its own user alone, and that is who listens: the daemon,
+// or a service manager of the same user for it.
+func (c *Conn) served() bool {
+	u, ok := c.conn.(*net.UnixConn)
+	if !ok {
+		return false
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var cred *unix.Ucred
+	ctlErr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	return ctlErr == nil && err == nil && int(cred.Uid) == os.Geteuid()
 }
 
 // understand takes a reply apart.

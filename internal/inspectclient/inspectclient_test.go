@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"virtlockd/internal/inspect"
 	"virtlockd/internal/xdr"
 )
@@ -98,7 +100,7 @@ func TestAnswers(t *testing.T) {
 		{"a program that is unknown", frame(typeReply, 1, statusError, refusalOf(39, 7, "Cannot find program")), false, ErrForeign},
 		{"another refusal", frame(typeReply, 1, statusError, refusalOf(55, 62, "no")), false, nil},
 		{"an error that is cut", frame(typeReply, 1, statusError, []byte{0, 0, 0, 1}), false, xdr.ErrDecode},
-		{"closed at once", []byte{}, false, ErrDenied},
+		{"closed at once, by one of the same user", []byte{}, false, ErrLost},
 		{"closed within", frame(typeReply, 1, 0, good)[:40], false, nil},
 		{"no answer", nil, false, os.ErrDeadlineExceeded},
 		{"too long", huge, false, nil},
@@ -125,6 +127,31 @@ func TestAnswers(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A daemon that has no time to accept.
+func TestBusy(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "socket")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		c, err := Dial(t.Context(), path, time.Second)
+		if errors.Is(err, ErrBusy) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	t.Error("everybody is accepted")
 }
 
 // A daemon whose parts never end does not keep us for ever.

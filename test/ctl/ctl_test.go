@@ -322,7 +322,7 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// A follower sees what happens, over a live upgrade too.
+// A follower sees what happens, over a live upgrade and a restart too.
 func TestFollow(t *testing.T) {
 	t.Parallel()
 	h, d := start(t, host.Options{})
@@ -346,6 +346,12 @@ func TestFollow(t *testing.T) {
 	if s.Upgrades != 1 || !s.Started.Before(s.Serving) {
 		t.Errorf("status after the upgrade: %+v", s)
 	}
+	d.Stop()
+	f.await("waiting for it")
+	d = h.Start(host.Ours(t), host.Options{})
+	three := file(h, "three")
+	must(t, d.Client(0x70000001).Acquire("", three, 0))
+	f.await("acquired", three)
 	must(t, cmd.Process.Signal(syscall.SIGINT))
 	if code := f.end(); code != ok {
 		t.Errorf("an interrupted follower ends with %d", code)
