@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -110,9 +111,21 @@ const ctrlC = 3
 func (v *view) run(interval time.Duration, typed <-chan byte) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
+	// A look can take long, and keys are not to wait for it. What it changes is its own until it comes back.
+	ctx, stop := context.WithCancel(v.ctx)
+	asker := *v.tool
+	asker.ctx = ctx
+	looking, looked := false, make(chan error)
+	defer func() {
+		if stop(); looking {
+			<-looked
+		}
+	}()
 	for {
-		if err := v.draw(); err != nil {
-			return err
+		if !looking {
+			if err := v.draw(); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-v.ctx.Done():
@@ -121,8 +134,13 @@ func (v *view) run(interval time.Duration, typed <-chan byte) error {
 			if !ok || key == 'q' || key == 'Q' || key == ctrlC {
 				return nil
 			}
+		case v.err = <-looked:
+			looking = false
 		case <-tick.C:
-			v.err = v.ask(v.look)
+			if !looking {
+				looking = true
+				go func() { looked <- asker.ask(v.look) }()
+			}
 		}
 	}
 }

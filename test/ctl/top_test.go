@@ -3,11 +3,14 @@
 package ctl
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
@@ -111,6 +114,46 @@ func TestTopEnds(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Who wants to leave need not wait for a daemon that does not answer.
+func TestTopLeavesAtOnce(t *testing.T) {
+	t.Parallel()
+	for name, key := range map[string]string{"q": "q", "control-C": "\x03"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h, d := start(t, host.Options{})
+			x := inTerminal(t, h, 24, 300, command(t, h, "top", "-i", "100ms"))
+			x.await("q quits")
+			d.Signal(syscall.SIGSTOP)
+			defer d.Signal(syscall.SIGCONT)
+			// A connection that stays is one that waits for an answer.
+			last, since := "", time.Time{}
+			if !host.Eventually(func() bool {
+				if now := x.socket(); now != last {
+					last, since = now, time.Now()
+				}
+				return last != "" && time.Since(since) > 300*time.Millisecond
+			}) {
+				t.Fatal("the daemon is not asked")
+			}
+			x.typeIn(key)
+			if code := x.end(); code != ok || !strings.HasSuffix(x.printed(), leaveScreen) || strings.Contains(x.printed(), "no answer") {
+				t.Errorf("it ends with %d and %q", code, x.printed()[max(0, len(x.printed())-100):])
+			}
+		})
+	}
+}
+
+// socket returns which socket the tool has, "" for none.
+func (x *terminal) socket() string {
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", x.cmd.Process.Pid))
+	for _, link := range links {
+		if to, err := os.Readlink(link); err == nil && strings.HasPrefix(to, "socket:") {
+			return to
+		}
+	}
+	return ""
 }
 
 // On a terminal there are colours, unless they are not wanted, and release asks.
