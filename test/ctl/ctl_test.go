@@ -177,6 +177,9 @@ func TestWhoAsksPrograms(t *testing.T) {
 	must(t, c.CreateLockspace(space))
 	must(t, c.Acquire(space, "the-lvm-uuid", wire.Autocreate))
 	h.WriteFile("/tmp/bin/lvs", "#!/bin/sh\n[ \"$*\" = '--noheadings --unbuffered --nosuffix --options uuid /dev/vg/disk' ] && echo '  the-lvm-uuid'\n", 0o755)
+	must(t, c.Acquire(space, "the-scsi-serial", wire.Autocreate))
+	h.WriteFile("/tmp/udev/scsi_id", "#!/bin/sh\n[ \"$*\" = '--replace-whitespace --whitelisted --device /dev/sdz' ] && echo 'the-scsi-serial '\n", 0o755)
+	h.Must(func() error { return syscall.Mount("/tmp/udev", "/lib/udev", "", syscall.MS_BIND, "") })
 	run := func(path string) result {
 		cmd := command(t, h, "who", path)
 		cmd.Env = append(cmd.Env, "PATH=/tmp/bin:/usr/bin:/bin")
@@ -185,8 +188,13 @@ func TestWhoAsksPrograms(t *testing.T) {
 	if r := run("/dev/vg/disk"); r.exit != ok || !strings.Contains(r.out, "the-lvm-uuid") {
 		t.Errorf("who of a volume: %v", r)
 	}
-	if r := run("/vg/disk"); r.exit != found {
-		t.Errorf("who of a file: %v", r)
+	if r := run("/dev/sdz"); r.exit != ok || !strings.Contains(r.out, "the-scsi-serial") || strings.Contains(r.out, "the-lvm-uuid") {
+		t.Errorf("who of a SCSI disk: %v", r)
+	}
+	for _, path := range []string{"/vg/disk", "/sdz"} {
+		if r := run(path); r.exit != found {
+			t.Errorf("who of the file %s: %v", path, r)
+		}
 	}
 }
 
