@@ -4,8 +4,10 @@ package ctl
 
 import (
 	"encoding/json"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"virtlockd/internal/inspect"
 	"virtlockd/test/host"
@@ -36,6 +38,36 @@ func end(t *testing.T, h *host.Host, d *host.Daemon) {
 	read(t, h, ok, &s, "status")
 	must(t, syscall.Kill(s.PID, syscall.SIGTERM))
 	d.Wait()
+}
+
+// A crash that nobody felt is told all the same, by the first event of the next process.
+func TestRecoveredEvent(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{Args: []string{"--keeper"}})
+	_, c := guest(t, h, d, "alpha")
+	must(t, c.Acquire("", file(h, "one"), 0))
+	must(t, c.Acquire("", file(h, "two"), 0))
+	f := follow(t, h, command(t, h, "events", "-k", "recovered", "--follow"))
+	for n := range 2 {
+		if r := want(t, h, ok, "events", "-k", "recovered"); strings.Count(r.out, "\n") != min(n, 1) {
+			t.Errorf("after %d crashes: %v", n, r)
+		}
+		begin := time.Now()
+		crash(t, h, d)
+		r := want(t, h, ok, "events", "-k", "recovered", "-o", "json")
+		var e inspect.Event
+		must(t, json.Unmarshal([]byte(r.out), &e)) // the process has counted one
+		if e.Kind != "recovered" || !strings.Contains(string(e.Text), "2 locks") || e.Time.Before(begin.Add(-time.Second)) || e.Time.After(time.Now()) {
+			t.Errorf("after %d crashes: %+v", n+1, e)
+		}
+		if !host.Eventually(func() bool { return strings.Count(f.printed(), " recovered ") == n+1 }) {
+			t.Errorf("a follower hears\n%s", f.printed())
+		}
+	}
+	if got := value(exposition(t, want(t, h, ok, "metrics").out), "virtlockd_recoveries_total", ""); got != 2 {
+		t.Errorf("virtlockd_recoveries_total is %v", got)
+	}
+	end(t, h, d)
 }
 
 // Two share a lock on a disk that may hang, the daemon dies, and they release it in either order.
