@@ -3,11 +3,13 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/binary"
 	"io"
 	"net"
+	"net/http"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -165,5 +167,50 @@ func TestEndBeforeAnswer(t *testing.T) {
 		if text := errs.String(); code != exitFailure || !strings.Contains(text, "has closed the connection") || !strings.Contains(text, "try again") {
 			t.Errorf("%q ends with %d and says %s", args, code, text)
 		}
+	}
+}
+
+// What serves metrics gives up the right to change anything before all else, on each connection.
+func TestMetricsOnlyRead(t *testing.T) {
+	t.Parallel()
+	want := []call{{inspect.ReadProgram, inspect.ProcReadOnly}, {inspect.ReadProgram, inspect.ProcStatus}}
+	d := listen(t, connection{nil, inspect.Status{}, silence{}})
+	var out, errs output
+	code := (&tool{ctx: t.Context(), out: &out, err: &errs, patience: 30 * time.Second}).main([]string{"metrics", "-c", d.path})
+	if code != exitOK || !strings.Contains(out.String(), "\nvirtlockd_up 1\n") {
+		t.Errorf("it ends with %d: %s", code, errs.String())
+	}
+	if got := d.asked(); !slices.Equal(got, want) {
+		t.Errorf("metrics asks %v, want %v", got, want)
+	}
+
+	d = listen(t, connection{nil, inspect.Status{}, silence{}})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	said, saying := io.Pipe()
+	ended := make(chan int, 1)
+	go func() {
+		ended <- (&tool{ctx: ctx, out: &out, err: saying, patience: 30 * time.Second}).main([]string{"exporter", "--listen", "127.0.0.1:0", "-c", d.path})
+	}()
+	line, err := bufio.NewReader(said).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		r, err := http.Get(line[strings.LastIndexByte(line, ' ')+1 : len(line)-1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(r.Body)
+		if r.Body.Close(); err != nil || !strings.Contains(string(body), "\nvirtlockd_up 1\n") {
+			t.Errorf("%v: %s", err, body)
+		}
+	}
+	cancel()
+	if code := <-ended; code != exitOK {
+		t.Errorf("the exporter ends with %d", code)
+	}
+	if got := d.asked(); !slices.Equal(got, slices.Concat(want, want)) {
+		t.Errorf("the exporter asks %v, want twice %v", got, want)
 	}
 }
