@@ -14,23 +14,24 @@ import (
 	"virtlockd/internal/owner"
 )
 
-// holder is what an error of a locked resource says of its holder: nothing if he is not known.
-func holder(err error, s *session, name string) string {
-	var locked *lockspace.LockedError
-	if !errors.As(err, &locked) {
-		return ""
-	}
-	text := ": " + locked.Holder.String()
+// holder is what an error of a locked resource says of its holder, and of the disk if the resource is its hash: nothing of what is
+// not known.
+func holder(err error, s *session, name string) (text string) {
 	var pids []int32
-	if o := locked.Holder.Owner; o != nil && o.Kind() != owner.Unverified {
-		pids = append(pids, o.PID)
+	var locked *lockspace.LockedError
+	more := ": "
+	if errors.As(err, &locked) {
+		text, more = ": "+locked.Holder.String(), "; "
+		if o := locked.Holder.Owner; o != nil && o.Kind() != owner.Unverified {
+			pids = append(pids, o.PID)
+		}
 	}
 	// The guest that was refused has the same disk.
 	if s.owner != nil && (s.self.Load() != nil || s.namespace == ours) {
 		pids = append(pids, s.owner.PID)
 	}
 	if disk := diskOf(name, pids...); disk != "" {
-		text += fmt.Sprintf("; the disk is %q", disk)
+		text += fmt.Sprintf("%sthe disk is %q", more, disk)
 	}
 	return text
 }

@@ -73,6 +73,26 @@ func TestHolderInError(t *testing.T) {
 	}
 }
 
+// Whoever holds the lease outside, as a C daemon on another host: the guest that is refused has the disk open.
+func TestDiskInErrorWithoutHolder(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	p, c := guest(t, h, d, "alpha")
+	disk, space := file(h, "disk"), host.Data+"/leases"
+	must(t, c.CreateLockspace(space))
+	lease := space + "/" + leaseOf(disk)
+	h.WriteFile(lease, "", 0o600)
+	h.Spawn(host.ProcessOptions{}).Lock(lease, "W", 0, 1)
+	locked := "resource busy: Lockspace resource '" + leaseOf(disk) + "' is locked"
+	if text := refusal(t, c.Acquire(space, leaseOf(disk), wire.Autocreate)); text != locked {
+		t.Errorf("said %q", text)
+	}
+	p.Lock(disk, "W", 100, 1) // as QEMU does
+	if text := refusal(t, c.Acquire(space, leaseOf(disk), wire.Autocreate)); text != locked+fmt.Sprintf(": the disk is %q", disk) {
+		t.Errorf("said %q", text)
+	}
+}
+
 // Names are printable and short, whatever a client has called itself.
 func TestHolderIsEscaped(t *testing.T) {
 	t.Parallel()

@@ -5,10 +5,10 @@ package wire
 import "regexp"
 
 // holder is what ours says behind the C daemon's "is locked" (D-holder in docs/differences.md).
-var holder = regexp.MustCompile(`(' is locked): held (?:exclusively|shared) by domain "[^[:cntrl:]]*" \(UUID [0-9a-f-]{36}, pid -?\d+\) on host "[^[:cntrl:]]+"` +
-	`(?: since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?(?:, as its lease file says)?(?:, and \d+ more)?(?:; the disk is "[^[:cntrl:]]+")?$`)
+var holder = regexp.MustCompile(`(' is locked): (?:held (?:exclusively|shared) by domain "[^[:cntrl:]]*" \(UUID [0-9a-f-]{36}, pid -?\d+\) on host "[^[:cntrl:]]+"` +
+	`(?: since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?(?:, as its lease file says)?(?:, and \d+ more)?(?:; the disk is "[^[:cntrl:]]+")?|the disk is "[^[:cntrl:]]+")$`)
 
-// WithoutHolder returns the message without who holds a resource, if it is an error that has it in the right form: then
+// WithoutHolder returns the message without who holds a resource and its disk, if it is an error that has it in the right form: then
 // it is what the C daemon sends.
 func WithoutHolder(m Message) Message {
 	if m.Type != TypeReply || m.Status != StatusError {
