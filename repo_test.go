@@ -14,6 +14,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -323,5 +324,30 @@ func TestDifferencesNameTests(t *testing.T) {
 	}
 	if listed == 0 {
 		t.Error("the list of differences was not understood")
+	}
+}
+
+// The wire's description has each procedure of the inspection programs under its number.
+func TestProtocolHasProcedures(t *testing.T) {
+	t.Parallel()
+	source, err := os.ReadFile("internal/inspect/inspect.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := os.ReadFile("docs/protocol.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(doc), "\n## Inspection programs")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var want, got []string
+	for _, m := range regexp.MustCompile(`(?m)^\tProc(\w+) += (\d+)`).FindAllStringSubmatch(string(source), -1) {
+		want = append(want, m[2]+" "+strings.ToUpper(m[1]))
+	}
+	for _, m := range regexp.MustCompile(`(?m)^\|[^|]*\| (\d+) \| ([A-Z_]+) \|`).FindAllStringSubmatch(section, -1) {
+		got = append(got, m[1]+" "+strings.ReplaceAll(m[2], "_", ""))
+	}
+	if len(want) == 0 || !slices.Equal(got, want) {
+		t.Errorf("docs/protocol.md has the procedures %q, and they are %q", got, want)
 	}
 }
