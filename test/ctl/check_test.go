@@ -141,6 +141,57 @@ func TestCheckOwner(t *testing.T) {
 	}
 }
 
+// Whoever ends while his lost lock is being taken again on a disk that hangs has it until the disk answers.
+func TestCheckDeadOwner(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t, "log")
+	disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
+	disk.Fill("a")
+	must(t, g.c.Acquire("", "/tmp/slow/a", 0))
+	g.fill()
+	disk.Forget("a")
+	disk.Hang(slowdisk.Lock)
+	g.look()
+	disk.AwaitHang(slowdisk.Lock)
+	g.p.Kill()
+	wantChecks(t, g.h, 601, "/tmp/slow/a: no-answer owner-dead")
+	disk.Resume(slowdisk.Lock)
+	if !host.Eventually(func() bool { n, found := checks(t, g.h); return n == 600 && found == "" }) {
+		t.Error("the lock outlives its owner")
+	}
+}
+
+// A daemon that may open no more files can't look, and says so of each lock.
+func TestCheckCannotLook(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	_, c := guest(t, h, d, "alpha")
+	must(t, c.Acquire("", file(h, "disk"), 0))
+	host.Settled(t, d.PID())
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.PID()))
+	must(t, err)
+	taken := map[string]bool{}
+	for _, e := range entries {
+		taken[e.Name()] = true
+	}
+	// One is left, for whoever asks: the limit is the second number that is free.
+	limit := uint64(0)
+	for left := 1; taken[fmt.Sprint(limit)] || left > 0; limit++ {
+		if !taken[fmt.Sprint(limit)] {
+			left--
+		}
+	}
+	var old unix.Rlimit
+	must(t, unix.Prlimit(d.PID(), unix.RLIMIT_NOFILE, nil, &old))
+	must(t, unix.Prlimit(d.PID(), unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: limit, Max: old.Max}, nil))
+	wantChecks(t, h, 1, "disk: not-checked")
+	if r := want(t, h, found, "check"); !strings.Contains(r.out, "too many open files") {
+		t.Errorf("check does not say why it can't look: %v", r)
+	}
+	must(t, unix.Prlimit(d.PID(), unix.RLIMIT_NOFILE, &old, nil))
+	wantChecks(t, h, 1, "")
+}
+
 // A disk whose server has taken the lock away, or does not answer.
 func TestCheckRemote(t *testing.T) {
 	t.Parallel()
