@@ -378,10 +378,15 @@ func (k *keeper) forward() (code int, end bool) {
 	return 0, false
 }
 
-// programNow returns the program that the daemon runs. It may have come there by a link that leads elsewhere now.
+// programNow returns what to go on as: the program that the daemon runs, if that is another one than ours, since it may have come there
+// by a link that leads elsewhere now; else what is installed where ours was.
 func (k *keeper) programNow() string {
-	path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", k.pid))
+	ours, err := os.Readlink(self)
 	if err != nil || k.pidfd < 0 {
+		return k.program
+	}
+	path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", k.pid))
+	if err != nil || path == ours {
 		return k.program
 	}
 	return strings.TrimSuffix(path, " (deleted)") // replaced: the new one has its name
