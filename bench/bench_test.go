@@ -23,6 +23,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(floorEnv) != "" {
 		floor()
 	}
+	if os.Getenv(idleEnv) != "" {
+		idle()
+	}
 	host.Main(m)
 }
 

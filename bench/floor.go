@@ -38,11 +38,7 @@ func floor() {
 	if err := os.MkdirAll("/run/libvirt", 0o755); err != nil {
 		panic(err)
 	}
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil {
-		l.Cur = l.Max
-		unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
-	}
+	raiseLimit()
 	s := &floorServer{seed: maphash.MakeSeed(), held: make(map[uint64]int32, 1<<15)}
 	var err error
 	if s.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {

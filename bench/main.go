@@ -18,14 +18,15 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"virtlockd/test/host"
 )
 
 func main() {
 	if os.Getenv(floorEnv) != "" {
 		floor() // doesn't return
+	}
+	if os.Getenv(idleEnv) != "" {
+		idle() // neither
 	}
 	host.Play()
 	var b bench
@@ -154,11 +155,7 @@ func settle() {
 	debug.SetGCPercent(-1)
 	// A thread in a raw system call keeps its processor of the run-time.
 	runtime.GOMAXPROCS(8)
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil {
-		l.Cur = l.Max
-		unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
-	}
+	raiseLimit()
 }
 
 // rounds of a row of pairs. Many short ones tell more than a few long ones where the machine does something else, too.

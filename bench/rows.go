@@ -125,6 +125,21 @@ func (b *bench) manyClients(s *scope) {
 	}
 }
 
+// session is one connection with what is asked on it.
+func session(t *subject, requests ...[]byte) error {
+	c, err := dial(t.sock)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	for _, r := range requests {
+		if err := c.call(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // connect: clients that come and go, daemon and client on one processor.
 func (b *bench) connect(s *scope) {
 	b.results.section("clients that come and go, on one processor")
@@ -132,20 +147,6 @@ func (b *bench) connect(s *scope) {
 	for _, k := range b.kinds() {
 		subjects[k] = b.start(s, k, true)
 		workers[k] = b.workers(subjects[k], place{}, 1)[0]
-	}
-	// session is one connection with what is asked on it.
-	session := func(t *subject, requests ...[]byte) error {
-		c, err := dial(t.sock)
-		if err != nil {
-			return err
-		}
-		defer c.close()
-		for _, r := range requests {
-			if err := c.call(r); err != nil {
-				return err
-			}
-		}
-		return nil
 	}
 	b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
 		t := subjects[k]
@@ -168,60 +169,49 @@ func (b *bench) connect(s *scope) {
 	}, b.pairRows("pair as libvirtd makes it, each call on a connection of its own", goal{}, goal{})...)
 }
 
-// beside measures pairs and connections of a server with a load in turns with one without.
-func (b *bench) beside(s *scope, k kind, base *subject, t *subject, pair, connect *row) {
-	subjects := []*subject{base, t}
-	workers := []*client{b.workers(base, place{}, 1)[0], b.workers(t, place{}, 1)[0]}
-	register := owner(base.guest.PID())
-	span := b.span()
-	for r := range 2 * b.pick(3, 10) {
-		i := r % 2
-		p, err := repeat(b.cpu, span, workers[i].pair)
-		s.must(err)
-		c, err := repeat(b.cpu, span, func() error {
-			c, err := dial(subjects[i].sock)
-			if err != nil {
-				return err
-			}
-			defer c.close()
-			return c.call(register)
-		})
-		s.must(err)
-		if t == base || i == 1 {
-			pair.add(k, p.quantile(0.5))
-			connect.add(k, c.quantile(0.5))
-		} else if k == ours {
-			pair.Base = append(pair.Base, p.quantile(0.5))
-			connect.Base = append(connect.Base, c.quantile(0.5))
-		}
-	}
-}
-
-// curve is a cost against a load. load starts a server with that much of it, unless that takes a kind too long.
+// curve is a cost against a load. load starts a server with that much of it, unless that takes a kind too long. All kinds have their load at
+// once, and are measured in turns, ours also without it.
 func (b *bench) curve(s *scope, name string, points []int, load func(s *scope, k kind, n int) *subject) {
-	flat := atMostBase(1.1)
-	base := map[kind]*subject{}
-	for _, k := range b.kinds() {
-		base[k] = b.start(s, k, true)
+	unloaded := b.start(s, ours, true)
+	base := b.workers(unloaded, place{}, 1)[0]
+	// measure returns the medians of pairs and of connections.
+	measure := func(t *subject, c *client) []float64 {
+		pairs, err := repeat(b.cpu, b.span(), c.pair)
+		s.must(err)
+		register := owner(t.guest.PID())
+		connects, err := repeat(b.cpu, b.span(), func() error { return session(t, register) })
+		s.must(err)
+		return []float64{pairs.quantile(0.5), connects.quantile(0.5)}
 	}
 	for _, n := range points {
+		flat := atMostBase(1.1)
+		if n == 0 {
+			flat = goal{}
+		}
 		pair := b.results.row(fmt.Sprintf("pair, %d %s", n, name), seconds, flat)
 		connect := b.results.row(fmt.Sprintf("connect + REGISTER, %d %s", n, name), seconds, flat)
 		pair.Curve, connect.Curve = name, name
 		pair.Load, connect.Load = n, n
-		for _, k := range b.kinds() {
-			s.part(func(s *scope) {
-				if n == 0 {
-					pair.Goal, connect.Goal = goal{}, goal{}
-					b.beside(s, k, base[k], base[k], pair, connect)
-					return
-				}
+		s.part(func(s *scope) {
+			var kinds []kind
+			subjects, workers := map[kind]*subject{}, map[kind]*client{}
+			for _, k := range b.kinds() {
 				if t := load(s, k, n); t != nil {
-					b.beside(s, k, base[k], t, pair, connect)
-					t.stop()
+					kinds = append(kinds, k)
+					subjects[k], workers[k] = t, b.workers(t, place{}, 1)[0]
 				}
-			})
-		}
+			}
+			b.alternate(kinds, b.pick(4, 10), func(k kind) []float64 {
+				if k == ours && n > 0 {
+					v := measure(unloaded, base)
+					pair.Base, connect.Base = append(pair.Base, v[0]), append(connect.Base, v[1])
+				}
+				return measure(subjects[k], workers[k])
+			}, pair, connect)
+			for _, t := range subjects {
+				t.stop()
+			}
+		})
 	}
 }
 
@@ -335,15 +325,16 @@ func (b *bench) upgrade(s *scope) {
 			continue
 		}
 		row := b.results.row(fmt.Sprintf("%d locks, %d clients", load.locks, load.clients), seconds, atMostC(0.2))
-		for _, k := range b.daemons() {
-			s.part(func(s *scope) {
-				t, _ := b.loaded(s, k, false, load.clients, load.locks)
-				for range b.pick(3, 5) {
-					row.add(k, t.pause())
-				}
+		s.part(func(s *scope) {
+			subjects := map[kind]*subject{}
+			for _, k := range b.daemons() {
+				subjects[k], _ = b.loaded(s, k, false, load.clients, load.locks)
+			}
+			b.alternate(b.daemons(), b.pick(5, 9), func(k kind) []float64 { return []float64{subjects[k].pause()} }, row)
+			for _, t := range subjects {
 				t.stop()
-			})
-		}
+			}
+		})
 	}
 	b.exchange(s)
 }
@@ -409,14 +400,9 @@ func (b *bench) storm(s *scope) {
 	row := b.results.row(fmt.Sprintf("while %d clients disconnect at once", clients), seconds, atMost(10e-3))
 	b.alternateFew(b.kinds(), 5, b.pick(1, 5), func(k kind) (v []float64) {
 		s.part(func(s *scope) {
-			t, fds := b.loaded(s, k, false, clients, 0)
+			t, idle := b.loaded(s, k, false, clients, 0)
 			c := b.workers(t, place{}, 1)[0]
-			v = []float64{b.stall(t, c, func() {
-				for i, fd := range fds {
-					closeRaw(fd)
-					fds[i] = -1
-				}
-			})}
+			v = []float64{b.stall(t, c, idle.leave)}
 			t.stop()
 		})
 		return v

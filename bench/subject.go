@@ -104,11 +104,11 @@ func (b *bench) startOn(h *host.Host, s *scope, k kind, pinned bool, o host.Opti
 
 // startC starts the C daemon with clients that are connected, and locks. It takes a time that grows with the square of
 // their number to connect to it, so they connect to ours, which hands over to it.
-func (b *bench) startC(s *scope, pinned bool, clients, locks int) (*subject, []int) {
+func (b *bench) startC(s *scope, pinned bool, clients, locks int) (*subject, *crowd) {
 	t := b.startOn(host.New(s), s, ours, pinned, host.Options{Argv0: b.c})
 	t.addGuest()
 	t.lock(locks)
-	fds := t.connect(clients)
+	idle := t.connect(clients)
 	t.upgrade()
 	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", t.d.PID()))
 	if err != nil || exe != b.c {
@@ -116,11 +116,11 @@ func (b *bench) startC(s *scope, pinned bool, clients, locks int) (*subject, []i
 	}
 	// It serves.
 	t.client().close()
-	return t, fds
+	return t, idle
 }
 
 // loaded starts a server that has clients and locks.
-func (b *bench) loaded(s *scope, k kind, pinned bool, clients, locks int) (*subject, []int) {
+func (b *bench) loaded(s *scope, k kind, pinned bool, clients, locks int) (*subject, *crowd) {
 	if k == cOne && clients+locks > 200 {
 		return b.startC(s, pinned, clients, locks)
 	}
@@ -200,41 +200,6 @@ func (b *bench) workers(t *subject, p place, n int) []*client {
 		cs[i].resource(b.resource(t, p, i))
 	}
 	return cs
-}
-
-// connect makes idle clients: registered for this process and restricted, as a guest's own connection is.
-func (t *subject) connect(n int) []int {
-	const batch = 24 // below the length of the queue of connections
-	hello := append(owner(os.Getpid()), wire.Request(wire.ProcRestrict, 1, wire.FlagsArgs(0))...)
-	fds := make([]int, 0, n)
-	t.s.Cleanup(func() {
-		// The daemon may have ended; nobody waits for 10,000 disconnects of a slow one.
-		for _, fd := range fds {
-			if fd >= 0 {
-				unix.Close(fd)
-			}
-		}
-	})
-	for len(fds) < n {
-		var cs []*client
-		for range min(batch, n-len(fds)) {
-			c, err := dial(t.sock)
-			if err != nil {
-				t.s.Fatalf("idle client %d: %v", len(fds), err)
-			}
-			fds = append(fds, c.fd)
-			cs = append(cs, c)
-			t.s.must(c.send(hello))
-		}
-		for _, c := range cs {
-			for range 2 {
-				if err := c.recv(); err != nil {
-					t.s.Fatalf("idle client %d: %v\n%s", len(fds), err, host.Shorten(t.d.Stderr()))
-				}
-			}
-		}
-	}
-	return fds
 }
 
 // lock acquires n images for the guest.
