@@ -159,7 +159,7 @@ func settle() {
 }
 
 // rounds of a row of pairs. Many short ones tell more than a few long ones where the machine does something else, too.
-func (b *bench) rounds() int { return b.pick(7, 25) }
+func (b *bench) rounds() int { return b.pick(5, 25) }
 
 // pick chooses between the quick form and the full one.
 func (b *bench) pick(quick, full int) int {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"virtlockd/test/host"
@@ -255,6 +256,7 @@ func (b *bench) memory(s *scope) {
 	perClient := b.results.row(fmt.Sprintf("private per idle client (%d)", clients), bytesUnit, atMost(2.5*1024))
 	perLock := b.results.row(fmt.Sprintf("private per held lock (%d)", locks), bytesUnit, atMost(0.6*1024))
 	manyPSS := b.results.row(fmt.Sprintf("with %d idle clients, PSS", clients), bytesUnit, goal{})
+	heldPSS := b.results.row(fmt.Sprintf("with %d held locks, PSS", locks), bytesUnit, goal{})
 	read := func(t *subject) use {
 		u, err := memoryOf(t.d.PID())
 		s.must(err)
@@ -280,7 +282,9 @@ func (b *bench) memory(s *scope) {
 				with := read(c[k])
 				perClient.add(k, (with.private-restC[k].private)/float64(clients))
 				manyPSS.add(k, with.pss)
-				perLock.add(k, (read(l[k]).private-restL[k].private)/float64(locks))
+				with = read(l[k])
+				perLock.add(k, (with.private-restL[k].private)/float64(locks))
+				heldPSS.add(k, with.pss)
 				c[k].stop()
 				l[k].stop()
 			}
@@ -366,26 +370,33 @@ func (b *bench) exchange(s *scope) {
 	t.stop()
 }
 
-// stall is the longest wait of a client that makes pairs, while something happens to others.
+// stall is the longest wait of a client that makes pairs, while something happens to others: until event returns, and for a while at least.
 func (b *bench) stall(t *subject, c *client, event func()) float64 {
 	// Some pairs come first, so that nothing is done for the first time.
 	if _, err := repeat(-1, 20*time.Millisecond, c.pair); err != nil {
 		t.s.Fatal(err)
 	}
 	begun, done := make(chan struct{}), make(chan struct{})
+	var over atomic.Bool
 	go func() {
 		defer close(done)
+		defer over.Store(true)
 		close(begun)
 		event()
 	}()
 	<-begun
 	longest := int64(0)
-	_, err := repeat(-1, time.Duration(b.pick(120, 600))*time.Millisecond, func() error {
+	pair := func() error {
 		begin := clock()
 		err := c.pair()
 		longest = max(longest, clock()-begin)
 		return err
-	})
+	}
+	var err error
+	for last := false; err == nil && !last; {
+		last = over.Load() // there is one span more, of what comes after
+		_, err = repeat(-1, time.Duration(b.pick(60, 300))*time.Millisecond, pair)
+	}
 	<-done
 	if err != nil {
 		t.s.Fatalf("%v\n%s", err, host.Shorten(t.d.Stderr()))
@@ -475,21 +486,50 @@ func (b *bench) hangs(s *scope) {
 	}
 }
 
-// deaths: a guest that has lost its connection is ended.
+// deaths: a guest that has lost its connection is ended. It is measured until its lock is free, or, with the floor, as long as that takes.
 func (b *bench) deaths(s *scope) {
-	row := b.results.row("while a dying owner ignores SIGTERM", seconds, atMost(5e-3))
-	b.alternateFew(b.kinds(), 5, b.pick(1, 5), func(k kind) (v []float64) {
-		s.part(func(s *scope) {
-			t := b.start(s, k, false)
-			probe := b.workers(t, place{}, 1)[0]
-			p := t.h.Spawn(host.ProcessOptions{})
-			conn := p.Dial(t.d, "lock")
-			s.must(conn.Register(wire.VM(p.PID())))
-			t.h.WriteFile(host.Data+"/theirs", "", 0o600)
-			s.must(conn.Acquire("", host.Data+"/theirs", 0))
-			p.IgnoreTerm()
-			v = []float64{b.stall(t, probe, conn.Close)}
-		})
-		return v
-	}, row)
+	const file = host.Data + "/theirs"
+	for _, c := range []struct {
+		what    string
+		options host.ProcessOptions
+		ignores bool
+		takes   time.Duration
+	}{
+		{"obeys SIGTERM", host.ProcessOptions{}, false, 0},
+		{"ignores SIGTERM", host.ProcessOptions{}, true, 1600 * time.Millisecond},
+		{"becomes a zombie", host.ProcessOptions{Zombie: true}, false, 0},
+	} {
+		row := b.results.row("while a dying owner "+c.what, seconds, atMost(5e-3))
+		roundsOfC := b.pick(1, 5)
+		if c.options.Zombie {
+			roundsOfC = b.pick(0, 5) // of 3 s each
+		}
+		b.alternateFew(b.kinds(), b.pick(3, 5), roundsOfC, func(k kind) (v []float64) {
+			s.part(func(s *scope) {
+				t := b.start(s, k, false)
+				probe := b.workers(t, place{}, 1)[0]
+				if k == bare {
+					v = []float64{b.stall(t, probe, func() { time.Sleep(c.takes) })}
+					return
+				}
+				p := t.h.Spawn(c.options)
+				conn := p.Dial(t.d, "lock")
+				s.must(conn.Register(wire.VM(p.PID())))
+				t.h.WriteFile(file, "", 0o600)
+				s.must(conn.Acquire("", file, 0))
+				if c.ignores {
+					p.IgnoreTerm()
+				}
+				over := false
+				v = []float64{b.stall(t, probe, func() {
+					conn.Close()
+					over = host.Eventually(func() bool { return p.Dead() && t.h.Free(file, true) })
+				})}
+				if !over {
+					s.Fatalf("an owner that %s does not end, or its lock is never free", c.what)
+				}
+			})
+			return v
+		}, row)
+	}
 }
