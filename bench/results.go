@@ -128,7 +128,7 @@ func (r *row) verdict() (text, result string) {
 		judge(fmt.Sprintf("<= %.2g x C", g.AtMostC), known, against <= g.AtMostC)
 	}
 	if g.AtLeastC > 0 {
-		judge(fmt.Sprintf(">= %.2g x C", g.AtLeastC), known, against >= g.AtLeastC)
+		judge(fmt.Sprintf(">= %.3g x C", g.AtLeastC), known, against >= g.AtLeastC)
 	}
 	if g.AtMostBase > 0 {
 		f := ratio(r.Values[ours], r.Base)

@@ -46,17 +46,21 @@ func (b *bench) pairRows(what string, p50, cpu goal) []*row {
 
 // measured returns the values of pairRows.
 func (t *subject) measured(load func() (*samples, error)) []float64 {
-	before, err := cpuTime(t.d.PID())
+	pid := t.d.PID()
+	if t.kept != 0 {
+		pid = t.kept
+	}
+	before, err := cpuTime(pid)
 	t.s.must(err)
-	switches := contextSwitches(t.d.PID())
+	switches := contextSwitches(pid)
 	s, err := load()
 	if err != nil {
 		t.s.Fatalf("%v\n%s", err, host.Shorten(t.d.Stderr()))
 	}
-	after, err := cpuTime(t.d.PID())
+	after, err := cpuTime(pid)
 	t.s.must(err)
 	n := float64(len(s.ns))
-	return []float64{s.quantile(0.5), s.quantile(0.99), (after - before) / n, (contextSwitches(t.d.PID()) - switches) / n, s.rate()}
+	return []float64{s.quantile(0.5), s.quantile(0.99), (after - before) / n, (contextSwitches(pid) - switches) / n, s.rate()}
 }
 
 // places of the pairs, with their goals against C.

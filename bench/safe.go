@@ -35,30 +35,79 @@ func (t *subject) daemon() int {
 // safety is what it costs that a crash loses nothing.
 func (b *bench) safety(s *scope) {
 	b.results.section("with crash safety (a keeper), one client, daemon and client on one processor")
-	base, safe := b.start(s, ours, true), b.kept(s, true)
-	subjects := map[kind]*subject{ours: safe, bare: b.start(s, bare, true)}
-	if b.c != "" {
-		subjects[cOne] = b.start(s, cOne, true)
-	}
+	base := b.start(s, ours, true)
+	subjects := b.withKeeper(s, true)
 	for _, p := range b.places() {
-		row := b.results.row(p.name+", p50", seconds, both(atMostC(0.8), atMostBase(1.3)))
+		if !b.full && !p.disk {
+			continue
+		}
+		rows := []*row{
+			b.results.row(p.name+", p50", seconds, both(atMostC(0.8), atMostBase(1.3))),
+			b.results.row(p.name+", daemon's CPU per pair", seconds, atMostC(0.8)),
+		}
+		if !b.full {
+			rows = rows[:1] // its rounds are too short for a CPU time that tells something
+		}
 		workers := map[kind]*client{}
 		for k, t := range subjects {
 			workers[k] = b.workers(t, p.place, 1)[0]
 		}
 		without := b.workers(base, p.place, 1)[0]
-		median := func(c *client) float64 {
-			all, err := repeat(b.cpu, b.span(), c.pair)
-			s.must(err)
-			return all.quantile(0.5)
+		measure := func(t *subject, c *client) []float64 {
+			v := t.measured(func() (*samples, error) { return repeat(b.cpu, b.span(), c.pair) })
+			return []float64{v[0], v[2]}[:len(rows)]
 		}
 		b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
 			if k == ours {
-				row.Base = append(row.Base, median(without))
+				for i, v := range measure(base, without) {
+					rows[i].Base = append(rows[i].Base, v)
+				}
 			}
-			return []float64{median(workers[k])}
-		}, row)
+			return measure(subjects[k], workers[k])
+		}, rows...)
 	}
+	if b.full {
+		b.manySafe(s)
+	}
+}
+
+// manySafe: eight clients at a time, wherever the scheduler puts them.
+func (b *bench) manySafe(s *scope) {
+	const n = 8
+	b.results.section(fmt.Sprintf("with crash safety, %d clients", n))
+	subjects := b.withKeeper(s, false)
+	for _, p := range b.places() {
+		if p.indirect {
+			continue
+		}
+		workers := map[kind][]*client{}
+		for k, t := range subjects {
+			workers[k] = b.workers(t, p.place, n)
+		}
+		rows := []*row{
+			b.results.row(p.name+", pairs/s", perSecond, atLeastC(1/0.8)), // 0.8 of the time
+			b.results.row(p.name+", daemon's CPU per pair", seconds, goal{}),
+		}
+		b.alternate(b.kinds(), b.rounds(), func(k kind) []float64 {
+			v := subjects[k].measured(func() (*samples, error) { return closedLoop(workers[k], b.span()) })
+			return []float64{v[4], v[2]}
+		}, rows...)
+	}
+}
+
+// withKeeper starts one of each kind, ours with a keeper.
+func (b *bench) withKeeper(s *scope, pinned bool) map[kind]*subject {
+	subjects := map[kind]*subject{}
+	for _, k := range b.kinds() {
+		if k != ours {
+			subjects[k] = b.start(s, k, pinned)
+			continue
+		}
+		t := b.kept(s, pinned)
+		t.kept = t.daemon()
+		subjects[k] = t
+	}
+	return subjects
 }
 
 // recovery: from kill -9 to the first reply on a connection that was there before, and memory.

@@ -47,6 +47,7 @@ type subject struct {
 	h    *host.Host
 	d    *host.Daemon
 	sock string // for dial
+	kept int    // the daemon's process where d is its keeper; else 0
 	// guest is a process that has registered itself and keeps its connection, as QEMU does. Others lock for it, as
 	// libvirtd does.
 	guest *host.Process
