@@ -206,7 +206,7 @@ func (b *bench) curve(s *scope, name string, points []int, load func(s *scope, k
 					subjects[k], workers[k] = t, b.workers(t, place{}, 1)[0]
 				}
 			}
-			b.alternate(kinds, b.pick(4, 10), func(k kind) []float64 {
+			b.alternate(kinds, b.pick(3, 10), func(k kind) []float64 {
 				if k == ours && n > 0 {
 					v := measure(unloaded, base)
 					pair.Base, connect.Base = append(pair.Base, v[0]), append(connect.Base, v[1])
@@ -413,7 +413,7 @@ func (b *bench) storm(s *scope) {
 	const clients = 4000
 	b.results.section("longest pair of another client")
 	row := b.results.row(fmt.Sprintf("while %d clients disconnect at once", clients), seconds, atMost(10e-3))
-	b.alternateFew(b.kinds(), 5, b.pick(1, 5), func(k kind) (v []float64) {
+	b.alternateFew(b.kinds(), b.pick(3, 5), b.pick(1, 5), func(k kind) (v []float64) {
 		s.part(func(s *scope) {
 			t, idle := b.loaded(s, k, false, clients, 0)
 			c := b.workers(t, place{}, 1)[0]
@@ -442,7 +442,7 @@ func (b *bench) hangs(s *scope) {
 		if c.clients == 1 && c.op == slowdisk.Open {
 			worker = b.results.row("memory of a worker process, private", bytesUnit, atMost(1.5*(1<<20)))
 		}
-		b.alternateFew(b.kinds(), 5, b.pick(1, 5), func(k kind) (v []float64) {
+		b.alternateFew(b.kinds(), b.pick(3, 5), b.pick(1, 5), func(k kind) (v []float64) {
 			s.part(func(s *scope) {
 				t := b.start(s, k, false)
 				if k == bare {
@@ -490,7 +490,8 @@ func (b *bench) hangs(s *scope) {
 	}
 }
 
-// deaths: a guest that has lost its connection is ended. It is measured until its lock is free, or, with the floor, as long as that takes.
+// deaths: a guest that has lost its connection is ended. It is measured until its lock is free, or, with the floor, as long as that takes in
+// the full form. The quick one has no time for that.
 func (b *bench) deaths(s *scope) {
 	const file = host.Data + "/theirs"
 	for _, c := range []struct {
@@ -513,7 +514,11 @@ func (b *bench) deaths(s *scope) {
 				t := b.start(s, k, false)
 				probe := b.workers(t, place{}, 1)[0]
 				if k == bare {
-					v = []float64{b.stall(t, probe, func() { time.Sleep(c.takes) })}
+					v = []float64{b.stall(t, probe, func() {
+						if b.full {
+							time.Sleep(c.takes)
+						}
+					})}
 					return
 				}
 				p := t.h.Spawn(c.options)
