@@ -29,6 +29,7 @@ type Disk struct {
 	Target    string // such as sda; its first letters choose the bus: sd SCSI, vd virtio, hd IDE, fd floppy
 	Device    string // "disk" if empty, "cdrom", "floppy"
 	Format    string // "raw" if empty
+	Cache     string // "none" if empty, which a file system in memory may not know
 	Shareable bool
 	ReadOnly  bool
 }
@@ -44,12 +45,15 @@ func attr(s string) string {
 
 // XML returns the disk as libvirt's <disk> element.
 func (d Disk) XML() string {
-	device, format := d.Device, d.Format
+	device, format, cache := d.Device, d.Format, d.Cache
 	if device == "" {
 		device = "disk"
 	}
 	if format == "" {
 		format = "raw"
+	}
+	if cache == "" {
+		cache = "none"
 	}
 	kind, source := "file", "file"
 	if strings.HasPrefix(d.Path, "/dev/") {
@@ -57,7 +61,7 @@ func (d Disk) XML() string {
 	}
 	bus := map[string]string{"sd": "scsi", "vd": "virtio", "hd": "ide", "fd": "fdc"}[d.Target[:2]]
 	var b strings.Builder
-	fmt.Fprintf(&b, "<disk type='%s' device='%s'><driver name='qemu' type='%s' cache='none'/>", kind, device, format)
+	fmt.Fprintf(&b, "<disk type='%s' device='%s'><driver name='qemu' type='%s' cache='%s'/>", kind, device, format, cache)
 	if d.Path != "" {
 		fmt.Fprintf(&b, "<source %s='%s'/>", source, attr(d.Path))
 	}

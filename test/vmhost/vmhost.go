@@ -124,7 +124,7 @@ func Start(opts Options) (_ *Host, err error) {
 		s.Binds = append(s.Binds, bind{run, "/run/libvirt"})
 	}
 	n := 0
-	for path, text := range h.files() {
+	for path, text := range opts.Configuration() {
 		if rest, ok := strings.CutPrefix(path, "/etc/libvirt/"); ok {
 			err = writeFile(filepath.Join(s.Binds[0].From, rest), text)
 		} else {
@@ -143,19 +143,19 @@ func Start(opts Options) (_ *Host, err error) {
 	return h, nil
 }
 
-// files returns the configuration files of the host.
-func (h *Host) files() map[string]string {
+// Configuration returns the files that configure libvirt for guests in bare namespaces, and Files: path to contents.
+func (opts Options) Configuration() map[string]string {
 	files := map[string]string{
 		"/etc/libvirt/qemu.conf": "lock_manager = \"lockd\"\nuser = \"root\"\ngroup = \"root\"\nsecurity_driver = \"none\"\n" +
 			"cgroup_controllers = []\nnamespaces = []\n",
-		"/etc/libvirt/qemu-lockd.conf": h.opts.QEMULockd,
-		"/etc/libvirt/virtlockd.conf":  h.opts.Lockd,
+		"/etc/libvirt/qemu-lockd.conf": opts.QEMULockd,
+		"/etc/libvirt/virtlockd.conf":  opts.Lockd,
 		"/etc/libvirt/virtlogd.conf":   "",
 		"/etc/libvirt/libvirt.conf":    "",
 		"/etc/libvirt/libvirtd.conf": fmt.Sprintf("host_uuid = %q\nauth_unix_ro = \"none\"\nauth_unix_rw = \"none\"\n"+
-			"log_outputs = \"2:file:/var/log/libvirt/libvirtd.log\"\n", h.opts.UUID),
+			"log_outputs = \"2:file:/var/log/libvirt/libvirtd.log\"\n", opts.UUID),
 	}
-	for path, text := range h.opts.Files {
+	for path, text := range opts.Files {
 		files[path] = text
 	}
 	return files
