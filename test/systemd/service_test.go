@@ -531,6 +531,38 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// The unit has, as systemd reads it, all that a lock's life depends on.
+func TestSettings(t *testing.T) {
+	t.Parallel()
+	m := Boot(t, Options{})
+	m.Systemctl("start", Service)
+	for unit, settings := range map[string]map[string]string{
+		Service: {
+			"Type": "notify", "NotifyAccess": "main",
+			"Restart": "always", "RestartUSec": "100ms", "StartLimitIntervalUSec": "0", // a unit that fails drops its descriptors
+			"FileDescriptorStoreMax": "8",
+			"KillMode":               "process",
+			"OOMPolicy":              "continue", // the process that was killed is followed by another one, not by the end of the unit
+			"TasksMax":               "infinity",
+			// Images and leases may be anywhere, and what is taken away is taken away from the C daemon too.
+			"ProtectSystem": "no", "ProtectHome": "no", "PrivateTmp": "no", "PrivateDevices": "no", "DevicePolicy": "auto", "ProtectClock": "no",
+			"NoNewPrivileges": "no", "MemoryMax": "infinity",
+		},
+		LockSocket:  {"TriggerLimitIntervalUSec": "0"},
+		AdminSocket: {"TriggerLimitIntervalUSec": "0"},
+	} {
+		for property, want := range settings {
+			if got := m.Show(unit, property); got != want {
+				t.Errorf("%s of %s is %q, want %q", property, unit, got, want)
+			}
+		}
+	}
+	// systemd before 254 does not know it, so it can't show it.
+	if text := m.Systemctl("cat", Service); !strings.Contains(text, "\nFileDescriptorStorePreserve=yes\n") {
+		t.Errorf("FileDescriptorStorePreserve=yes is not in the unit:\n%s", text)
+	}
+}
+
 // mayRaise tells whether the machine's systemd may raise limits.
 func mayRaise(t *testing.T, m *Machine) bool {
 	for line := range strings.Lines(m.ReadFile("/proc/1/status")) {
