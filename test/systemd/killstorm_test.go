@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"virtlockd/test/checker"
 	"virtlockd/test/host"
 	"virtlockd/test/survivor"
 	"virtlockd/test/wire"
@@ -25,6 +26,11 @@ func TestKillStorm(t *testing.T) {
 	m := Boot(t, Options{})
 	m.Systemctl("start", Service)
 	c := newCrowd(m)
+	var locked []string
+	for path := range c.waiters {
+		locked = append(locked, m.Path(path))
+	}
+	outside := checker.Start(t, locked...)
 	clients := survivor.Start(32, noOne, func() (*wire.Conn, error) {
 		for {
 			path, program := socketPath("lock")
@@ -46,7 +52,8 @@ func TestKillStorm(t *testing.T) {
 	if err := clients.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%d kills in %v; %v", n, took.Round(time.Millisecond), clients)
+	polls := outside.Quiet()
+	t.Logf("%d kills in %v; %v; %d looks from outside", n, took.Round(time.Millisecond), clients, polls)
 	for k := range 32 {
 		if path := fmt.Sprint(Data, "/load", k); m.Exists(path) {
 			t.Errorf("%s is held for nobody, or its lease was left", path)

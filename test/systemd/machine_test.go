@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/test/checker"
 	"virtlockd/test/host"
 )
 
@@ -22,6 +23,7 @@ import (
 const bootedPart = "booted"
 
 func TestMain(m *testing.M) {
+	checker.Init()
 	if os.Getenv(partEnv) != bootedPart {
 		Main(m)
 		return

@@ -17,11 +17,13 @@ import (
 	"syscall"
 	"testing"
 
+	"virtlockd/test/checker"
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
 )
 
 func TestMain(m *testing.M) {
+	checker.Init()
 	if part := os.Getenv(partEnv); part != "" {
 		os.Exit(playPart(part))
 	}
@@ -34,8 +36,6 @@ const partEnv = "VIRTLOCKD_UPGRADE_TEST_PART"
 func playPart(part string) int {
 	var err error
 	switch part {
-	case "checker":
-		err = check(os.Args[1:])
 	case "giver":
 		err = give()
 	case "caller": // connects and ends
@@ -287,6 +287,16 @@ func (m *machine) touch(paths ...string) {
 	for _, path := range paths {
 		m.WriteFile(path, "", 0o644)
 	}
+}
+
+// startChecker begins to watch locks of the machine that must never be free.
+func (m *machine) startChecker(paths ...string) *checker.Checker {
+	m.t.Helper()
+	var seen []string
+	for _, path := range paths {
+		seen = append(seen, m.Path(path))
+	}
+	return checker.Start(m.t, seen...)
 }
 
 func must(t testing.TB, err error) {
