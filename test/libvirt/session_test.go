@@ -7,8 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	"virtlockd/test/host"
 	"virtlockd/test/vmhost"
 )
 
@@ -24,12 +26,16 @@ const (
 type session struct {
 	*machine
 	lockd string // path of the lock daemon in the host
+	found string // the directory that libvirt is told to find it in
 }
 
+// wrapper is what an administrator puts in the place of the lock daemon that libvirt starts, to give it an option.
+const wrapper = "#!/bin/sh\nexec %s --keeper \"$@\"\n"
+
 // newSession makes a host and the user's libvirtd on it.
-func newSession(t *testing.T, d daemon, kind string) *session {
+func newSession(t *testing.T, d daemon, kind string, keeper bool) *session {
 	t.Helper()
-	opts := hostOptions("session-"+d.name+"-"+kind, kind)
+	opts := hostOptions(strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(t.Name(), "Test")), "/", "-"), kind)
 	opts.Cache = "" // the system's is not the user's
 	opts.Files = map[string]string{
 		"/etc/passwd": "root:x:0:0:root:/root:/bin/sh\n" +
@@ -47,7 +53,7 @@ func newSession(t *testing.T, d daemon, kind string) *session {
 			t.Error(err)
 		}
 	})
-	s := &session{machine: onHost(t, h, d, kind, "session"), lockd: "/run/lockd/virtlockd"}
+	s := &session{machine: onHost(t, h, d, kind, "session"), lockd: "/run/lockd/virtlockd", found: "/run/lockd"}
 	t.Cleanup(func() {
 		if !t.Failed() {
 			return
@@ -63,11 +69,10 @@ func newSession(t *testing.T, d daemon, kind string) *session {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := h.WriteFile(s.lockd, string(binary)); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(h.Path(s.lockd), 0o755); err != nil {
-		t.Fatal(err)
+	s.program(s.lockd, string(binary))
+	if keeper {
+		s.found = "/run/wrapper"
+		s.program(s.found+"/virtlockd", fmt.Sprintf(wrapper, s.lockd))
 	}
 	if err := os.MkdirAll(h.Path(userRuntime), 0o755); err != nil {
 		t.Fatal(err)
@@ -77,6 +82,17 @@ func newSession(t *testing.T, d daemon, kind string) *session {
 		t.Fatal(err)
 	}
 	return s
+}
+
+// program writes a program of the host.
+func (s *session) program(path, content string) {
+	s.Helper()
+	if err := s.host.WriteFile(path, content); err != nil {
+		s.Fatal(err)
+	}
+	if err := os.Chmod(s.host.Path(path), 0o755); err != nil {
+		s.Fatal(err)
+	}
 }
 
 // give makes the user the owner of directories with all that is in them.
@@ -99,7 +115,7 @@ func (s *session) give(dirs ...string) {
 func (s *session) user(argv ...string) error {
 	_, err := s.host.RunAs(s.Context(), userUID, userUID, []string{
 		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + userHome, "USER=" + userName, "LOGNAME=" + userName,
-		"XDG_RUNTIME_DIR=" + userRuntime, "VIRTLOCKD_PATH=" + filepath.Dir(s.lockd),
+		"XDG_RUNTIME_DIR=" + userRuntime, "VIRTLOCKD_PATH=" + s.found,
 	}, argv...)
 	return err
 }
@@ -125,6 +141,21 @@ func (s *session) create(g vmhost.Guest) {
 	s.virsh("create", path)
 }
 
+// pidIn reads a pid file of the user's.
+func (s *session) pidIn(file string) int {
+	s.Helper()
+	pid, err := s.host.ReadPID(userRuntime + "/libvirt/" + file)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return pid
+}
+
+// daemonPID returns the lock daemon's pid, and pid a guest's, in the host.
+func (s *session) daemonPID() int { s.Helper(); return s.pidIn("virtlockd.pid") }
+
+func (s *session) pid(g vmhost.Guest) int { s.Helper(); return s.pidIn("qemu/run/" + g.Name + ".pid") }
+
 // An ordinary user's guests; nothing has started the lock daemon before.
 func TestSession(t *testing.T) {
 	t.Parallel()
@@ -132,7 +163,7 @@ func TestSession(t *testing.T) {
 		for _, kind := range bothLockspaces {
 			t.Run(d.name+"/"+kind, func(t *testing.T) {
 				t.Parallel()
-				sessionLife(newSession(t, d, kind))
+				sessionLife(newSession(t, d, kind, false))
 			})
 		}
 	}
@@ -145,11 +176,7 @@ func sessionLife(s *session) {
 	s.create(a)
 	s.locks("started", "a.qcow2 exclusive", "data.raw shared")
 
-	pid, err := s.host.ReadPID(userRuntime + "/libvirt/virtlockd.pid")
-	if err != nil {
-		s.Fatal(err)
-	}
-	proc := fmt.Sprintf("/proc/%d", pid)
+	proc := fmt.Sprintf("/proc/%d", s.daemonPID())
 	if exe := s.run("readlink", proc+"/exe"); exe != s.lockd {
 		s.Errorf("lock daemon is %s, want %s", exe, s.lockd)
 	}
@@ -170,12 +197,47 @@ func sessionLife(s *session) {
 	s.refused(s.tryVirsh("resume", a.Name), s.busy(a.Disks[0].Path))
 	release()
 	s.virsh("resume", a.Name)
-	guest, err := s.host.ReadPID(userRuntime + "/libvirt/qemu/run/" + a.Name + ".pid")
-	if err != nil {
-		s.Fatal(err)
-	}
-	s.signal("KILL", guest)
+	s.signal("KILL", s.pid(a))
 	s.locks("killed", "b.qcow2 exclusive", "data.raw shared")
 	s.virsh("destroy", b.Name)
 	s.locks("destroyed")
+}
+
+// A lock daemon that libvirt itself starts, through a wrapper, has a keeper: a crash loses nothing in a session either.
+func TestSessionWithKeeper(t *testing.T) {
+	t.Parallel()
+	for _, kind := range bothLockspaces {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			s := newSession(t, ours, kind, true)
+			disk := s.exclusive("a.qcow2", "sda")
+			a := s.guest("a", disk)
+			s.give(s.path(""))
+			s.create(a)
+			s.booted(a, 1)
+			guest := s.pid(a)
+			for range 3 {
+				s.locks("as before", "a.qcow2 exclusive")
+				lock, daemon := host.Wait(t, s.lockOf(disk)), s.daemonPID()
+				s.signal("KILL", daemon)
+				s.eventually("another lock daemon", func() (bool, error) {
+					pid, err := s.host.ReadPID(userRuntime + "/libvirt/virtlockd.pid")
+					return err == nil && pid != daemon, nil
+				}, func() string { return fmt.Sprint(daemon) })
+				s.locks("after a crash", "a.qcow2 exclusive")
+				lock.Asleep()
+				if now := s.pid(a); now != guest {
+					t.Fatalf("the guest is process %d, was %d", now, guest)
+				}
+				// Over a new connection: it serves, and the guest runs.
+				s.virsh("suspend", a.Name)
+				lock.Wakes()
+				s.locks("suspended")
+				s.virsh("resume", a.Name)
+			}
+			s.locks("resumed", "a.qcow2 exclusive")
+			s.virsh("destroy", a.Name)
+			s.locks("destroyed")
+		})
+	}
 }

@@ -40,6 +40,22 @@ func startKeptOn(t testing.TB, h *host.Host, binary string, args ...string) *mac
 	return m
 }
 
+// A daemon that ends by itself is not started again: its keeper ends too. So it is in a session, where libvirt gives it a timeout.
+func TestKeptTimeout(t *testing.T) {
+	t.Parallel()
+	m := startKept(t, "--timeout", "1")
+	locks := m.hold()
+	m.killKept()
+	locks.release(m)
+	locks.conn.Close()
+	if code := m.Wait(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if m.Exists(pidFile) || m.Exists(m.SocketPath("lock")) {
+		t.Error("the pid file or the socket is left behind")
+	}
+}
+
 // Kills at any instant lose no lock and no answer, and leave no lock for nobody.
 func TestKillStorm(t *testing.T) {
 	m := startKept(t)
