@@ -28,7 +28,7 @@ func startManaged(t testing.TB) *managed {
 	t.Helper()
 	m := newManaged(t)
 	m.Daemon = m.manager.Start(quiet)
-	m.populate()
+	m.populate(local)
 	return m
 }
 

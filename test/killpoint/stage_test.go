@@ -3,21 +3,29 @@
 package killpoint
 
 import (
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"virtlockd/test/host"
+	"virtlockd/test/slowdisk"
 	"virtlockd/test/wire"
 )
 
-// Paths of locks: one that is not touched, one that another owner shares, and those of the request.
 const (
-	witness = host.Data + "/witness"
-	shared  = host.Data + "/shared"
-	disk    = host.Data + "/disk"
-	lease   = host.Data + "/lease"
+	witness = host.Data + "/witness" // a lock that is not touched
 	space   = host.Data + "/space"
 )
+
+// places are paths of locks: one that another owner shares, and those of the request.
+type places struct{ shared, disk, lease string }
+
+func in(dir string) places { return places{dir + "/shared", dir + "/disk", dir + "/lease"} }
+
+// local are places on which the daemon works itself, remote those that it leaves to worker processes.
+var local, remote = in(host.Data), in("/tmp/slow")
+
+const disk = host.Data + "/disk" // of local
 
 // noOne is an owner whose process id belongs to no process: the kernel gives none above 4194304.
 const noOne = 0x70000001
@@ -26,6 +34,7 @@ const noOne = 0x70000001
 type stage struct {
 	*host.Host
 	*host.Daemon
+	places
 	t       testing.TB
 	guest   *host.Process
 	bystand *wire.Conn
@@ -33,17 +42,24 @@ type stage struct {
 }
 
 // populate is called when there is a daemon.
-func (s *stage) populate() {
+func (s *stage) populate(p places) {
 	t := s.t
 	t.Helper()
+	s.places = p
 	s.guest = s.Spawn(host.ProcessOptions{})
-	for _, path := range []string{witness, shared, disk} {
-		s.WriteFile(path, "", 0o644)
+	s.WriteFile(witness, "", 0o644)
+	if p == remote {
+		d := slowdisk.Mount(t, s, filepath.Dir(p.disk), slowdisk.Options{})
+		d.Add(filepath.Base(p.shared))
+		d.Add(filepath.Base(p.disk))
+	} else {
+		s.WriteFile(p.shared, "", 0o644)
+		s.WriteFile(p.disk, "", 0o644)
 	}
 	s.bystand = s.Client(noOne)
 	must(t, s.bystand.Acquire("", witness, 0))
-	must(t, s.bystand.Acquire("", shared, wire.Shared))
-	for _, path := range []string{witness, shared} {
+	must(t, s.bystand.Acquire("", p.shared, wire.Shared))
+	for _, path := range []string{witness, p.shared} {
 		s.waiters = append(s.waiters, host.Wait(t, s.Path(path)))
 	}
 }
@@ -76,12 +92,12 @@ func (s *stage) client() *wire.Conn {
 // holds checks that no lock but those of the bystander is held, and was at no time free.
 func (s *stage) holds(when string) {
 	s.t.Helper()
-	for _, path := range []string{disk, lease} {
+	for _, path := range []string{s.disk, s.lease} {
 		if !s.Free(path, true) {
 			s.t.Errorf("%s: %s is held for nobody", when, path)
 		}
 	}
-	if s.Exists(lease) {
+	if s.Exists(s.lease) {
 		s.t.Errorf("%s: the lease file is left", when)
 	}
 	for _, w := range s.waiters {
@@ -95,7 +111,7 @@ func (s *stage) end() {
 	t.Helper()
 	s.mustLive()
 	must(t, s.bystand.Release("", witness))
-	must(t, s.bystand.Release("", shared))
+	must(t, s.bystand.Release("", s.shared))
 	for _, w := range s.waiters {
 		w.Wakes()
 	}

@@ -104,7 +104,7 @@ func TestStoreTooLate(t *testing.T) {
 			if s := status(t, m.Host); !strings.Contains(s, "did not answer") {
 				t.Errorf("status:\n%s", s)
 			}
-			m.populate()
+			m.populate(local)
 			m.manager.Continue()
 			says(t, m.Daemon, "the descriptor store has the vault now")
 			if n := m.manager.Kept(vaultName); n != 1 {
@@ -151,7 +151,7 @@ func TestEmptyVaultPassed(t *testing.T) {
 	m.manager.Keep(vaultName, rootOf(t, (*vault.Vault).GiveUp), true)
 	m.Daemon = m.manager.Start(quiet)
 	says(t, m.Daemon, " error : ", "it holds nothing")
-	m.populate()
+	m.populate(local)
 	if n := m.manager.Kept(vaultName); n != 1 {
 		t.Errorf("%d vaults are kept", n)
 	}

@@ -17,7 +17,7 @@ import (
 // each locked file. The first try succeeds where the reply has come; the end of a guest is noticed a little later.
 func TestUmount(t *testing.T) {
 	t.Parallel()
-	s := startKept(t)
+	s := startKept(t, local)
 	const mount, on = "/tmp/volume", "/tmp/volume/disk"
 	s.Must(func() error { return os.Mkdir(mount, 0o755) })
 	umount := func() (err error) {
