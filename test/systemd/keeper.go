@@ -130,6 +130,9 @@ func (k *keeper) start() (int, error) {
 		k.cgroup = ""
 		return 0, fmt.Errorf("make a control group (is the hierarchy read-only, as in an unprivileged container?): %w", err)
 	}
+	// A machine can limit memory where the group that we are in hands that on, which only the topmost one can while there are processes
+	// in it. Most systems have it so anyway.
+	_ = os.WriteFile(filepath.Join(mounted, "cgroup.subtree_control"), []byte("+memory"), 0)
 	group, err := os.Open(k.cgroup)
 	if err != nil {
 		return 0, err

@@ -10,7 +10,8 @@
 // nothing is left.
 //
 // It takes root, systemd, util-linux (nsenter) and a kernel with namespaces, overlayfs and control groups version 2
-// (mounted or not); for its test with guests libvirt and QEMU too. Where that is not given a test fails with the reason, it is never skipped.
+// (mounted or not); for its test with guests libvirt and QEMU too. Where that is not given a test fails with the reason. Only what needs
+// a memory controller is skipped without one.
 //
 // A test binary that uses the package calls Main from its TestMain.
 package systemd
