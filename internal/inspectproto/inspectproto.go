@@ -114,8 +114,9 @@ func part(limit int) int {
 const (
 	// turn is how many locks are read with the table's mutex held, and described without letting others go first.
 	turn = 16
-	// maxBytes is about how large a part becomes.
-	maxBytes = 1 << 20
+	// maxBytes is about how large a part becomes. A larger one would have to be moved about while it grows, and be collected afterwards,
+	// while others lock.
+	maxBytes = 64 << 10
 	// maxName is how much of a domain's name is told: a lock can have thousands of owners.
 	maxName = 256
 	// checkTime is about how long one call checks.
