@@ -22,22 +22,14 @@ import (
 // startKept starts a daemon with a keeper, which is the process that the test knows.
 func startKept(t testing.TB, args ...string) *machine {
 	t.Helper()
-	h := host.New(t)
-	h.Expose(host.Ours(t))
-	return startKeptOn(t, h, host.Ours(t), args...)
+	return startKeptOn(t, host.New(t), host.Ours(t), args...)
 }
 
 func startKeptOn(t testing.TB, h *host.Host, binary string, args ...string) *machine {
 	t.Helper()
-	m := &machine{Host: h, t: t}
-	m.turn(binary)
-	o := host.Options{
-		Argv0: link, Args: append([]string{"--keeper"}, args...),
-		Config: "log_level = 2\nlog_filters = \"4:lock_daemon_dispatch 3:rpc\"\n",
-	}
-	m.Daemon = m.Start(binary, o)
-	t.Cleanup(m.EndKept)
-	return m
+	return startOn(t, h, binary, host.Options{
+		Args: append([]string{"--keeper"}, args...), Config: "log_filters = \"4:lock_daemon_dispatch 3:rpc\"\n",
+	})
 }
 
 // A daemon that ends by itself is not started again: its keeper ends too. So it is in a session, where libvirt gives it a timeout.

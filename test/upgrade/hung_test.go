@@ -23,10 +23,22 @@ import (
 // they asked for stays.
 func TestHungDisk(t *testing.T) {
 	t.Parallel()
-	for name, next := range map[string]string{"to ours": host.Ours(t), "to C": host.C(t)} {
+	for name, tt := range map[string]struct {
+		next string
+		kept bool
+	}{
+		"to ours": {host.Ours(t), false}, "to C": {host.C(t), false},
+		"to ours, with a keeper": {host.Ours(t), true}, "to C, with a keeper": {host.C(t), true},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			m := start(t, host.Ours(t), host.Options{})
+			next := tt.next
+			var m *machine
+			if tt.kept {
+				m = startKept(t)
+			} else {
+				m = start(t, host.Ours(t), host.Options{})
+			}
 			// One disk for each kind of call, since the kernel lets none pass another one in a directory.
 			disks := map[slowdisk.Op]*slowdisk.Disk{}
 			for _, op := range []slowdisk.Op{slowdisk.Lock, slowdisk.Unlink, slowdisk.Open, slowdisk.Create} {
@@ -210,7 +222,7 @@ func TestStuckLocalDisk(t *testing.T) {
 
 // tasks tells what each thread of the daemon is doing.
 func (m *machine) tasks() (all []string) {
-	dir := fmt.Sprintf("/proc/%d/task", m.PID())
+	dir := fmt.Sprintf("/proc/%d/task", m.process())
 	entries, err := os.ReadDir(dir)
 	must(m.t, err)
 	for _, e := range entries {

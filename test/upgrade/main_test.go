@@ -69,13 +69,16 @@ type machine struct {
 	*host.Daemon
 	t       testing.TB
 	options host.Options
-	isC     bool // the running daemon is the C one
+	isC     bool   // the running daemon is the C one
+	kept    bool   // what the test has started is the daemon's keeper
+	next    string // what the link leads to
 
 	mu   sync.Mutex
 	said []string // to systemd
 }
 
-// start starts a daemon. It logs everything but debug messages, unless o.Config says otherwise.
+// start starts a daemon. It logs everything but debug messages, unless o.Config says otherwise. With --keeper its locks are in a vault;
+// else nobody keeps what it wants to store.
 func start(t testing.TB, binary string, o host.Options) *machine {
 	t.Helper()
 	return startOn(t, host.New(t), binary, o)
@@ -83,7 +86,7 @@ func start(t testing.TB, binary string, o host.Options) *machine {
 
 func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine {
 	t.Helper()
-	m := &machine{Host: h, t: t}
+	m := &machine{Host: h, t: t, kept: slices.Contains(o.Args, "--keeper")}
 	h.Expose(host.Ours(t))
 	m.turn(binary)
 	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: h.Path(notify), Net: "unixgram"})
@@ -131,12 +134,30 @@ func (m *machine) launch(binary string) {
 	said := m.things()
 	d := m.Start(binary, m.options)
 	m.Daemon, m.isC = d, binary == host.C(m.t)
+	if m.kept {
+		m.t.Cleanup(func() {
+			m.EndKept()
+			m.endOrphan()
+		})
+	}
 	eventually(m.t, "the daemon says that it is ready", func() bool { return m.ready(said) })
 	m.t.Cleanup(func() {
 		if strings.Contains(d.Stderr(), "DATA RACE") { // with a binary that looks for them: VIRTLOCKD_BINARY
 			m.t.Error("there is a data race")
 		}
 	})
+}
+
+// endOrphan ends a daemon that has outlived its keeper, and by now has another one, which ends with it.
+func (m *machine) endOrphan() {
+	b, err := os.ReadFile(m.Path(pidFile))
+	if err != nil {
+		return
+	}
+	pid, err := strconv.Atoi(string(b))
+	if exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err == nil && exe == host.Ours(m.t) {
+		_ = syscall.Kill(pid, syscall.SIGTERM)
+	}
 }
 
 // turn makes the link lead to a binary.
@@ -151,15 +172,31 @@ func (m *machine) turn(binary string) {
 		}
 		return os.Rename(link+".new", link)
 	})
+	m.next = binary
+}
+
+// process is the process id of the daemon.
+func (m *machine) process() int {
+	m.t.Helper()
+	if m.kept {
+		return m.pidOf()
+	}
+	return m.PID()
+}
+
+// send sends a signal to the daemon, as an administrator does who reads the pid file.
+func (m *machine) send(sig syscall.Signal) {
+	m.t.Helper()
+	must(m.t, syscall.Kill(m.process(), sig))
 }
 
 // mark is a moment in the life of a daemon.
-type mark struct{ said, handed, failed int }
+type mark struct{ said, handed, taken, failed int }
 
 // mark is now.
 func (m *machine) mark() mark {
 	m.t.Helper()
-	return mark{m.things(), m.handed(), m.failures()}
+	return mark{m.things(), m.handed(), m.taken(), m.failures()}
 }
 
 // things is how many things it has said to systemd.
@@ -179,9 +216,13 @@ func (m *machine) ready(n int) bool {
 // handed is how often the log says that everything is handed over to the next binary.
 func (m *machine) handed() int { return strings.Count(m.Stderr(), execLine) }
 
+// taken is how often the log says that one of ours has taken over. Where there is a keeper, it has followed by then.
+func (m *machine) taken() int { return strings.Count(m.Stderr(), successLine) }
+
 // upgraded tells whether another binary is ready.
 func (m *machine) upgraded(since mark) bool {
-	return m.ready(since.said) && (m.isC || m.handed() > since.handed)
+	followed := !m.kept || m.next == host.C(m.t) || m.taken() > since.taken
+	return m.ready(since.said) && (m.isC || m.handed() > since.handed) && followed
 }
 
 // hop upgrades to a binary and returns when that is ready.
@@ -196,7 +237,7 @@ func (m *machine) hop(binary string) {
 func (m *machine) usr1() {
 	m.t.Helper()
 	mark := m.mark()
-	m.Signal(syscall.SIGUSR1)
+	m.send(syscall.SIGUSR1)
 	m.await(mark)
 }
 
