@@ -353,6 +353,7 @@ func (d *daemon) start(fault error) (err error) {
 	if err = tolerate(err); err != nil {
 		return err
 	}
+	d.tellKept()
 	if d.left.err != nil {
 		d.log.Warn("the state file of an earlier daemon is of no use; nothing was taken over", "file", d.paths.stateFile, "error", d.left.err)
 	}

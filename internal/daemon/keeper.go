@@ -28,7 +28,7 @@ func keeperConfig(waiting *reporter) keeper.Config {
 	return c
 }
 
-// meetKeeper tells of the keeper that started us, and why it did.
+// meetKeeper has the keeper that started us keep what is to be kept.
 func (d *daemon) meetKeeper() {
 	l := d.safety.link
 	d.safety.wanted = l != nil || d.options.wantsKeeper() // by way of the C daemon the option is lost
@@ -44,7 +44,17 @@ func (d *daemon) meetKeeper() {
 	}
 	d.notify = l.Notifier()
 	d.safety.store = d.notify
-	if l.Died != "" {
+}
+
+// tellKept tells why the keeper has started us, if a daemon before this one has ended. The log is as configured by then.
+func (d *daemon) tellKept() {
+	l := d.safety.link
+	switch {
+	case l == nil || l.Died == "":
+	case d.found == nil: // it was the C daemon
+		d.log.Error("the keeper has started the daemon again; the one before had left nothing with it, so its locks are lost while their owners may go on",
+			"keeper", l.PID, "ended", l.Died)
+	default:
 		d.log.Warn("the keeper has started the daemon again", "keeper", l.PID, "ended", l.Died)
 	}
 }

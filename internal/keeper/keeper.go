@@ -259,9 +259,10 @@ func (k *keeper) start() error {
 		// What a terminal sends to its foreground group comes from us, once.
 		Sys: &syscall.SysProcAttr{Setpgid: true, PidFD: &pidfd},
 	}
-	// What is installed may be no good, or be missing while it is replaced: then what runs here.
+	// What is installed may be no good, or be missing while it is replaced: then what runs here. Or it is the C daemon, as must have been
+	// the one that has served and left nothing here: that would refuse our options, or detach itself and be out of sight.
 	program := k.program
-	if k.quick%2 == 1 {
+	if k.quick%2 == 1 || k.served && k.stored() == 0 {
 		program = self
 	}
 	pid, err := syscall.ForkExec(program, k.args, attr)
@@ -310,6 +311,8 @@ func (k *keeper) reap() (code int, end bool, how string) {
 		return code, end, fmt.Sprintf("exit code %d", code)
 	default:
 		sig := status.Signal()
+		// Within exec a daemon can't hold one back that asks for the end. It is for the next one, which then ends in order.
+		k.pending |= 1 << sig & stopSignals
 		return 128 + int(sig), empty && !k.served, fmt.Sprintf("killed by signal %d (%s)", sig, unix.SignalName(sig))
 	}
 }

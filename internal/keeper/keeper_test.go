@@ -282,8 +282,9 @@ func TestSignals(t *testing.T) {
 	d := h.next()
 	d.tell("store a %s", h.dir+"/a")
 	d.say("READY=1")
-	// The daemon of this test catches nothing: each one kills it, and is told by the next.
-	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP} {
+	// The daemon of this test does not catch it: it is killed, and that is told by the next.
+	const sig = unix.SIGHUP
+	for range 3 {
 		for _, harmless := range []unix.Signal{unix.SIGUSR2, unix.SIGPIPE, unix.SIGALRM, unix.SIGPWR, unix.SIGIO, unix.SIGXCPU, 40} {
 			unix.Kill(d.Keeper, harmless)
 		}
@@ -297,6 +298,28 @@ func TestSignals(t *testing.T) {
 		// One that comes before the daemon is ready waits for that.
 		unix.Kill(d.Keeper, unix.SIGUSR1)
 		d.say("READY=1")
+	}
+}
+
+// One that asks for the end is not lost if it was deadly: the next daemon gets it, and the one after that.
+func TestDeadlyStop(t *testing.T) {
+	h := newHost(t, nil)
+	d := h.next()
+	d.tell("store a %s", h.dir+"/a")
+	d.say("READY=1")
+	unix.Kill(d.PID, unix.SIGTERM)
+	for range 2 {
+		d = h.next()
+		if d.Died != "killed by signal 15 (SIGTERM)" || fmt.Sprint(d.Names) != "[a]" {
+			t.Errorf("%+v", d.hello)
+		}
+		fmt.Fprintf(d.conn, "send %q\n", "READY=1") // it may not live to say that it has
+	}
+	d = h.next()
+	d.tell("remove a")
+	d.exit(0)
+	if code := h.exit(); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }
 
@@ -386,9 +409,9 @@ func TestReexec(t *testing.T) {
 	old := d
 	for range 10 {
 		d.tell("reexec")
-		unix.Kill(d.Keeper, unix.SIGTERM)
+		unix.Kill(d.Keeper, unix.SIGHUP)
 		d = h.next()
-		if d.Died != "killed by signal 15 (SIGTERM)" || d.Keeper != old.Keeper {
+		if d.Died != "killed by signal 1 (SIGHUP)" || d.Keeper != old.Keeper {
 			t.Fatalf("%+v", d.hello)
 		}
 		d.say("READY=1")

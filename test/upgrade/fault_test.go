@@ -300,6 +300,40 @@ func TestTermDuringUpgrade(t *testing.T) {
 	}
 }
 
+// With a keeper it is always an end in order: if the signal was deadly, the next daemon takes over and gets it.
+func TestTermDuringKeptUpgrade(t *testing.T) {
+	t.Parallel()
+	var m *machine
+	const lease = host.Data + "/lease"
+	deaths := 0
+	for i := range 40 {
+		if m == nil {
+			m = startKept(t)
+		} else {
+			m.again(host.Ours(t))
+		}
+		c := m.Client(noOne)
+		must(t, c.Acquire("", lease, wire.Autocreate))
+		daemon := m.pidOf()
+		must(t, unix.Kill(daemon, unix.SIGUSR1))
+		if !host.Eventually(func() bool { return m.handed() > 0 }) {
+			t.Fatal("no upgrade")
+		}
+		time.Sleep(time.Duration(i) * 50 * time.Microsecond)
+		must(t, unix.Kill(daemon, unix.SIGTERM))
+		if code := m.Wait(); code != 0 {
+			t.Fatalf("round %d: exit code %d\n%s", i, code, host.Shorten(m.Stderr()))
+		}
+		for _, path := range []string{lease, stateFile, pidFile, "/run/libvirt/virtlockd-sock"} {
+			if m.Exists(path) {
+				t.Errorf("round %d: %s is left\n%s", i, path, host.Shorten(m.Stderr()))
+			}
+		}
+		deaths += m.countLines("recovery: this process has taken over")
+	}
+	t.Logf("%d deaths at the start of the new binary", deaths)
+}
+
 // A program that takes the place of the one that was just asked is asked, too: it may be the C daemon, which can't go on with what
 // was written for ours.
 func TestReplacedMeanwhile(t *testing.T) {
