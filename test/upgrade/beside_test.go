@@ -150,3 +150,33 @@ func TestCStoppedByKeeper(t *testing.T) {
 		})
 	}
 }
+
+// What a detached C daemon has left is safe as soon as it is converted: -d means a keeper, which ours starts.
+func TestCrashAfterDetachedC(t *testing.T) {
+	t.Parallel()
+	m := startInstalled(t, host.C(t), "-d")
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	daemon := m.pidOf()
+	m.become(host.Ours(t), daemon, locks.conn)
+	logged := func(words string) bool { return strings.Contains(m.ReadFile(installedLog), words) }
+	eventually(t, "the locks are stored", func() bool { return logged("locks from before are stored") })
+	host.Settled(t, daemon)
+	must(t, unix.Kill(daemon, unix.SIGKILL))
+	next := m.successor(daemon)
+	must(t, locks.conn.Ping())
+	if !logged("recovery: this process has taken over") {
+		t.Error("the log does not say that it has taken over")
+	}
+	locks.check(m.machine)
+	if seen, polls := outside.End(); len(seen) > 0 || polls == 0 {
+		t.Errorf("from outside, in %d looks: %q", polls, seen)
+	}
+	locks.release(m.machine)
+	keeper := parentOf(next)
+	if name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", keeper)); !strings.HasPrefix(string(name), "virtlockd-keep") {
+		t.Errorf("the parent of the daemon is %q", name)
+	}
+	must(t, unix.Kill(keeper, unix.SIGTERM))
+	eventually(t, "both have ended", func() bool { return parentOf(keeper) == 0 && parentOf(next) == 0 })
+}
