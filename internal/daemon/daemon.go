@@ -732,7 +732,7 @@ func (d *daemon) serve() (code int, ended bool) {
 			return
 		}
 		debug.SetGCPercent(gcPercent)
-		d.table.Confirm(d.tellFinding)
+		d.table.Confirm(func(path string, holder *owner.Owner, found filelock.Finding) { d.tellFinding(path, holder, found, 0) })
 		d.strengthen(ctx.Done())
 	})
 	go d.watcher.Run(ctx) // nobody waits for it: it may wait for a disk

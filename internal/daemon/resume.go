@@ -305,6 +305,7 @@ type heir struct {
 	done  bool
 	lock  *filelock.Lock
 	found filelock.Finding
+	rival int32 // the process that has it instead, if it is lost and that is known
 	err   error
 }
 
@@ -406,14 +407,17 @@ func (d *daemon) adoptLock(h *heir, owners []*owner.Owner) bool {
 	case h.found == filelock.Weakened && h.lock.Remote():
 		tell(slog.LevelWarn, d.cause+"somebody else took a shared lock while this one was converted; its disk may hang, so it stays shared until it is released")
 	default:
-		d.tellFinding(h.res.Path, holders[0], h.found)
+		d.tellFinding(h.res.Path, holders[0], h.found, h.rival)
 	}
 	return true
 }
 
-// tellFinding says what became of a lock that was taken over, if it was not as it should be.
-func (d *daemon) tellFinding(path string, holder *owner.Owner, found filelock.Finding) {
+// tellFinding says what became of a lock that was taken over, if it was not as it should be. rival has it if it is lost; 0: not known.
+func (d *daemon) tellFinding(path string, holder *owner.Owner, found filelock.Finding, rival int32) {
 	args := []any{"path", path, "", holder.Details()}
+	if rival > 0 {
+		args = append(args, "other_pid", rival)
+	}
 	switch found {
 	case filelock.Regained:
 		d.log.Error(d.cause+"a lock had been lost while its owner held it, and was taken again; how long somebody else could have had it is not known", args...)
@@ -448,6 +452,7 @@ func (d *daemon) inherit(take *filelock.Takeover, h *heir) {
 		h.err = notInherited(res.FD)
 	case res.File == (state.File{}): // the C daemon knows nothing of its files
 		h.lock, h.found, h.err = take.C(res.Path, int(res.FD), mode)
+		h.rival = take.Rival()
 	default:
 		h.lock, h.err = take.Ours(res.Path, int(res.FD), mode, res.File)
 	}

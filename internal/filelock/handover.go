@@ -81,7 +81,11 @@ func (f Finding) String() string {
 type Takeover struct {
 	scratch
 	*takeover
+	rival int32
 }
+
+// Rival is the process that has the lock that the last C found to be Lost; 0: the kernel does not name it.
+func (t *Takeover) Rival() int32 { return t.rival }
 
 // takeover is what several have in common.
 type takeover struct {
@@ -224,6 +228,7 @@ func (l *Lock) sameDescription(other *Lock) (bool, error) {
 // It may block, if the file is on a disk that hangs.
 func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
 	s := &t.scratch
+	t.rival = 0
 	info, errno := s.fstat(fd)
 	if errno != 0 {
 		return nil, Lost, fmt.Errorf("descriptor %d is not the lock on %q: %w", fd, path, errno)
@@ -236,7 +241,8 @@ func (t *Takeover) C(path string, fd int, mode Mode) (*Lock, Finding, error) {
 	if first := t.known[key]; first != nil {
 		return t.share(s, l, first, key)
 	}
-	found, errno := s.convert(fd, l)
+	found, rival, errno := s.convert(fd, l)
+	t.rival = rival
 	if errno != 0 {
 		return nil, Lost, fmt.Errorf("cannot make the POSIX lock on %q an OFD lock: %w", path, errno)
 	}
@@ -345,33 +351,34 @@ func (t *Takeover) mountOf(fd int) (mount string, local bool, err error) {
 }
 
 // convert does the steps that C describes. l.mode becomes what the kernel has in the end. A lock that
-// came from our own binary before the C daemon had it is an OFD lock already.
-func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
+// came from our own binary before the C daemon had it is an OFD lock already. rival has it if it is Lost; 0: the
+// kernel does not name the owner of an OFD lock.
+func (s *scratch) convert(fd int, l *Lock) (found Finding, rival int32, errno syscall.Errno) {
 	// Asked as a process, the kernel names OFD locks, those on this very descriptor too.
 	before, errno := s.blocker(fd, unix.F_GETLK, unix.F_WRLCK)
 	if errno != 0 {
-		return Lost, errno
+		return Lost, 0, errno
 	}
 	refusal := s.setLock(fd, unix.F_OFD_SETLK, lockType(l.mode))
 	if refusal != 0 && !refused(refusal) {
-		return Lost, refusal
+		return Lost, 0, refusal
 	}
 	// Asked as a description, it names POSIX locks, those of this very process too.
 	now, errno := s.blocker(fd, unix.F_OFD_GETLK, unix.F_WRLCK)
 	mine := now.Type != unix.F_UNLCK && int(now.Pid) == os.Getpid()
 	switch {
 	case errno != 0:
-		return Lost, errno
+		return Lost, 0, errno
 	case refusal != 0 && !mine:
 		l.mode = Shared // for Strengthen
-		return Lost, 0
+		return Lost, max(0, now.Pid), 0
 	case refusal == 0:
 		// Exclusive: it was ours, or nobody's. Shared: beside our own POSIX lock, or in its stead.
-		found := Kept
+		found = Kept
 		if before.Type == unix.F_UNLCK && now.Type == unix.F_UNLCK {
 			found = Regained
 		}
-		return found, s.setLock(fd, unix.F_SETLK, unix.F_UNLCK)
+		return found, 0, s.setLock(fd, unix.F_SETLK, unix.F_UNLCK)
 	}
 	// Exclusive; also where a shared one is refused, because another name of the file has made
 	// the process's only lock on it exclusive.
@@ -381,14 +388,14 @@ func (s *scratch) convert(fd int, l *Lock) (Finding, syscall.Errno) {
 		kind int16
 	}{{unix.F_SETLK, unix.F_RDLCK}, {unix.F_OFD_SETLK, unix.F_RDLCK}, {unix.F_SETLK, unix.F_UNLCK}} {
 		if errno := s.setLock(fd, step.cmd, step.kind); errno != 0 {
-			return Lost, errno
+			return Lost, 0, errno
 		}
 	}
 	if errno := s.setLock(fd, unix.F_OFD_SETLK, unix.F_WRLCK); errno != 0 {
 		l.mode = Shared
-		return Weakened, 0
+		return Weakened, 0, 0
 	}
-	return Kept, 0
+	return Kept, 0, 0
 }
 
 // blocker returns a lock that would refuse one of that type on fd, with type F_UNLCK if there is none.

@@ -176,8 +176,8 @@ func TestW05TwoOwners(t *testing.T) {
 			one, two := m.guestOn("one", a, tt.first), m.guestOn("two", b, tt.next)
 			m.hop(host.Ours(t))
 			m.says(" error : ", "two guests own one file", "one", "two", fmt.Sprint("pid=", one.PID()), fmt.Sprint("pid=", two.PID()))
-			if n := m.countLines(" error : ", "live upgrade"); n > 0 {
-				t.Errorf("%d other errors", n)
+			if n := m.countLines(" error : "); n != 1 {
+				t.Errorf("%d errors, want 1", n)
 			}
 			other := m.owner(noOne, "other")
 			for _, path := range []string{a, b, third} {
@@ -241,10 +241,13 @@ func TestW06LostLock(t *testing.T) {
 			}
 			m.hop(host.Ours(t))
 			if taken {
-				m.says(" error : ", "somebody else has it now", a, "loser")
+				m.says(" error : ", "somebody else has it now", a, "loser", fmt.Sprint("pid=", loser.PID()), fmt.Sprint("other_pid=", stranger.PID()))
 			} else {
 				m.says(" error : ", "was taken again", a, "loser")
 				m.lost(a)
+			}
+			if n := m.countLines(" error : "); n != 1 {
+				t.Errorf("%d errors, want 1", n)
 			}
 			other := m.owner(noOneElse, "other")
 			refused(t, "another owner", other.Acquire("", a, 0))
