@@ -304,3 +304,52 @@ func TestCarriesTimeout(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 }
+
+// Settings made at run time that the C daemon has no place for do not keep it from taking over. The log says which are as configured
+// from then on; the others go on.
+func TestSettingsForC(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{Args: []string{"-t", "3600"}})
+	a := admin.Admin{Host: m.Host, URI: admin.System}
+	run := func(args ...string) string {
+		r := a.Run(t, args...)
+		if r.Exit != 0 {
+			t.Fatalf("%q: %v", args, r)
+		}
+		return string(r.Stdout)
+	}
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	configured := run("daemon-log-filters")
+	run("server-clients-set", "virtlockd", "--max-clients", "77", "--max-unauth-clients", "66")
+	run("daemon-log-filters", "--filters", "1:rpc.nothing 4:lock_daemon_dispatch")
+	run("daemon-log-outputs", "--outputs", "1:file:/tmp/own.log 2:stderr")
+	control := m.Dial("admin")
+	must(t, control.AdminOpen())
+	reply, err := control.Call(19, wire.Payload(nil).Uint32(1000).Uint32(0)) // SET_DAEMON_TIMEOUT
+	must(t, err)
+	must(t, reply.Err())
+	limits := run("server-clients-info", "virtlockd")
+
+	m.hop(host.C(t))
+	for _, what := range []string{"timeout", "log filters", "log outputs"} {
+		if n := m.countLines(" warning : ", "something is not kept", what); n != 1 {
+			t.Errorf("the log says %d times that the %s is not kept, want once", n, what)
+		}
+	}
+	if n := m.countLines("something is not kept"); n != 3 {
+		t.Errorf("%d things are not kept, want 3", n)
+	}
+	if now := run("server-clients-info", "virtlockd"); now != limits {
+		t.Errorf("limits: -before +after:\n%s", gocmp.Diff(limits, now))
+	}
+	if now := run("daemon-log-filters"); now != configured {
+		t.Errorf("filters: -configured +now:\n%s", gocmp.Diff(configured, now))
+	}
+	must(t, control.Ping())
+	locks.check(m)
+	if seen, _ := outside.End(); len(seen) > 0 {
+		t.Errorf("from outside: %q", seen)
+	}
+	locks.release(m)
+}
