@@ -160,6 +160,47 @@ func (m *machine) open(below string) (found []string) {
 	return found
 }
 
+// The C daemon looks at nothing before it hands over. A configuration that is broken by then costs no lock: limits come with the state,
+// the rest is as by default until the file is mended.
+func TestBrokenConfigurationAfterC(t *testing.T) {
+	t.Parallel()
+	for name, broken := range map[string]string{"no configuration": "max_clients = \n{", "out of range": "max_clients = 0\n", "of another type": "log_level = \"x\"\n"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := start(t, host.C(t), host.Options{Config: "max_clients = 123\n"})
+			locks := m.hold()
+			outside := m.startChecker(locks.paths...)
+			g := m.guest("guest", wire.Autocreate)
+			admin := m.Dial("admin")
+			must(t, admin.AdminOpen())
+			m.WriteFile("/tmp/virtlockd.conf", broken, 0o644)
+			m.hop(host.Ours(t))
+			m.says(" error : ", "goes on for the sake of its locks", "/tmp/virtlockd.conf")
+			must(t, locks.conn.Ping())
+			locks.check(m)
+			if now := limit(t, admin); now != 123 {
+				t.Errorf("the limit is %d, was 123", now)
+			}
+			if seen, _ := outside.End(); len(seen) > 0 {
+				t.Errorf("from outside: %q", seen)
+			}
+			m.turn(host.Ours(t))
+			m.Signal(syscall.SIGHUP) // is no way to end it, either
+			m.Signal(syscall.SIGUSR1)
+			m.says(" error : ", failureLine)
+			m.WriteFile("/tmp/virtlockd.conf", "max_clients = 321\nlog_level = 2\n", 0o644)
+			m.Signal(syscall.SIGHUP)
+			if !host.Eventually(func() bool { return limit(t, admin) == 321 }) {
+				t.Errorf("the limit is %d when the configuration is mended, want 321", limit(t, admin))
+			}
+			m.usr1()
+			g.Kill()
+			eventually(t, "release", func() bool { return !m.Exists(g.path) })
+			locks.release(m)
+		})
+	}
+}
+
 // W5: the C daemon lets two guests own one file under two names. Both are kept, nobody else is let in, and the log names both.
 func TestW05TwoOwners(t *testing.T) {
 	t.Parallel()
