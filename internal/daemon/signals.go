@@ -53,6 +53,9 @@ var errReload = errors.New("the configuration is being read again")
 //	SIGTERM,  end the process at once, from here on until the next binary has its handlers: the Go run-time does not
 //	SIGQUIT   hold them back either, and to lose them would be worse
 //
+// All actions are set behind the back of the run-time: with [signal.Ignore] it would die of a signal whose handler has just begun on
+// another thread.
+//
 // An error says that something has come that is to be worked off here.
 func (s *signals) prepareExec(ours bool) (undo func(), err error) {
 	var undone []func()
@@ -65,19 +68,23 @@ func (s *signals) prepareExec(ours bool) (undo func(), err error) {
 	if ours {
 		width := uint(unsafe.Sizeof(mask.Val[0])) * 8
 		mask.Val[uint(unix.SIGUSR1-1)/width] |= 1 << (uint(unix.SIGUSR1-1) % width)
-		signal.Ignore(syscall.SIGHUP, syscall.SIGINT)
-	} else {
-		signal.Ignore(syscall.SIGHUP, syscall.SIGUSR1)
 	}
-	undone = append(undone, s.catch)
 	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &mask, &old); err != nil {
 		undo()
 		return nil, os.NewSyscallError("pthread_sigmask", err)
 	}
 	undone = append(undone, func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) })
 
-	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGQUIT} {
-		restore, err := defaultAction(sig)
+	actions := map[syscall.Signal]uint64{
+		syscall.SIGHUP: ignored, syscall.SIGTERM: byDefault, syscall.SIGQUIT: byDefault,
+	}
+	if ours {
+		actions[syscall.SIGINT] = ignored
+	} else {
+		actions[syscall.SIGUSR1] = ignored
+	}
+	for sig, action := range actions {
+		restore, err := setAction(sig, action)
 		if err != nil {
 			undo()
 			return nil, err
@@ -105,10 +112,16 @@ func (s *signals) prepareExec(ours bool) (undo func(), err error) {
 	return undo, nil
 }
 
-// defaultAction gives a signal its default action behind the back of the run-time, which would not. undo gives it back.
-func defaultAction(sig syscall.Signal) (undo func(), err error) {
-	// struct sigaction of the kernel, whatever its members' order: zeros are SIG_DFL. No architecture's is larger.
-	var act, old [8]uint64
+// Actions of the kernel: SIG_DFL and SIG_IGN.
+const (
+	byDefault = 0
+	ignored   = 1
+)
+
+// setAction gives a signal an action behind the back of the run-time. undo gives the old one back.
+func setAction(sig syscall.Signal, action uint64) (undo func(), err error) {
+	// struct sigaction of the kernel. Its first member is the action, everywhere but on MIPS; no architecture's is larger.
+	act, old := [8]uint64{action}, [8]uint64{}
 	set := func(act, old *[8]uint64) error {
 		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(act)), uintptr(unsafe.Pointer(old)), kernelSigset, 0, 0)
 		if errno != 0 {

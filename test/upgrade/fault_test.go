@@ -226,6 +226,48 @@ func signalsDuringUpgrades(t *testing.T, m *machine) {
 	}
 }
 
+// SIGUSR1 again and again, until the C daemon runs, does not end it before it catches that signal. After that it would be an upgrade of its
+// own, which can be deadly for it, so it gets none, but for one that may be late.
+func TestSignalsDuringHopToC(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	exe, sent := fmt.Sprintf("/proc/%d/exe", m.PID()), 0
+	for round := range 10 {
+		m.turn(host.C(t))
+		mark := m.mark()
+		if !host.Eventually(func() bool {
+			for range 1000 {
+				if now, err := os.Readlink(exe); err != nil || now == host.C(t) {
+					return true
+				}
+				m.Signal(syscall.SIGUSR1)
+				sent++
+			}
+			return !m.Alive()
+		}) {
+			t.Fatalf("round %d: the C daemon does not run\n%s", round, host.Shorten(m.Stderr()))
+		}
+		eventually(t, "the C daemon is ready, or dead", func() bool { return m.ready(mark.said) || !m.Alive() })
+		if !m.Alive() {
+			t.Fatalf("round %d: it has ended: %d", round, m.Wait())
+		}
+		m.isC = true
+		host.Settled(t, m.PID())
+		must(t, locks.conn.Ping())
+		locks.check(m)
+		m.hop(host.Ours(t))
+		must(t, locks.conn.Ping())
+		locks.check(m)
+	}
+	if seen, polls := outside.End(); len(seen) > 0 || polls == 0 {
+		t.Errorf("from outside, in %d looks: %q", polls, seen)
+	}
+	t.Logf("%d signals", sent)
+	locks.release(m)
+}
+
 // SIGHUP that comes before an upgrade has its effect. One that comes in the middle has the same effect as the upgrade, which reads the
 // configuration, too, but for the limits that are handed over.
 func TestReloadWithUpgrade(t *testing.T) {
