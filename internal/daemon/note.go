@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"virtlockd/internal/events"
@@ -19,23 +20,30 @@ import (
 // killed together with whoever kept its locks. Then the next one can at least say whose they were.
 const (
 	noteName  = "virtlockd-locks.note"
-	noteEvery = 5 * time.Second
+	noteEvery = 4 * time.Second
 	noteMost  = 1000 // locks in it
 	noteBytes = 128  // of a guest's name, which can be long; a path can't
 )
 
 func (p paths) note() string { return filepath.Join(p.runDir, noteName) }
 
-// keepNote writes the note whenever locks have changed, until ctx ends.
+// keepNote writes the note whenever locks have changed, until ctx ends. When they have not for a while, what the changes have left
+// in memory goes back to the kernel: a host that has started its guests may not change anything for days.
 func (d *daemon) keepNote(ctx context.Context) {
 	tick := time.NewTicker(noteEvery)
 	defer tick.Stop()
-	for {
+	for untidy := true; ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			if now := d.table.Serial(); d.noted.Swap(now) != now {
+			if now := d.table.Serial(); d.noted.Swap(now) == now {
+				if untidy {
+					debug.FreeOSMemory()
+				}
+				untidy = false
+			} else {
+				untidy = true
 				if err := d.writeNote(); err != nil {
 					d.log.Debug("the note of what is locked was not written", "error", err)
 				}
