@@ -87,18 +87,24 @@ func (m *installed) successor(daemon int) (pid int) {
 	return pid
 }
 
+// startBesideC starts ours with a keeper, and has the C daemon take over, with a lock.
+func startBesideC(t *testing.T, arg string) (m *installed, keeper, daemon int) {
+	t.Helper()
+	m = startInstalled(t, host.Ours(t), arg)
+	daemon = m.pidOf()
+	c := m.Client(noOne)
+	must(t, c.Acquire("", host.Data+"/x", wire.Autocreate))
+	m.become(host.C(t), daemon, c)
+	return m, parentOf(daemon), daemon
+}
+
 // If the C daemon dies beside our keeper its locks are lost, as ever, but it is not the end: ours is started, which keeps what comes.
 func TestCKilledBesideKeeper(t *testing.T) {
 	t.Parallel()
 	for _, arg := range []string{"--keeper", "-d"} {
 		t.Run(arg, func(t *testing.T) {
 			t.Parallel()
-			m := startInstalled(t, host.Ours(t), arg)
-			daemon := m.pidOf()
-			keeper := parentOf(daemon)
-			c := m.Client(noOne)
-			must(t, c.Acquire("", host.Data+"/x", wire.Autocreate))
-			m.become(host.C(t), daemon, c)
+			m, keeper, daemon := startBesideC(t, arg)
 			must(t, unix.Kill(daemon, unix.SIGKILL))
 			next := m.successor(daemon)
 			if parent := parentOf(next); parent != keeper {
@@ -107,10 +113,10 @@ func TestCKilledBesideKeeper(t *testing.T) {
 			if m.runs(next) {
 				t.Error("the C daemon was started")
 			}
-			if log := m.ReadFile(installedLog); !strings.Contains(log, "so its locks are lost") {
-				t.Error("the log does not say that locks are lost")
-			}
-			c = m.Client(noOneElse)
+			eventually(t, "the log says that locks are lost", func() bool {
+				return strings.Contains(m.ReadFile(installedLog), "so its locks are lost")
+			})
+			c := m.Client(noOneElse)
 			must(t, c.Acquire("", host.Data+"/y", wire.Autocreate))
 			host.Settled(t, next)
 			must(t, unix.Kill(next, unix.SIGKILL))
@@ -129,12 +135,7 @@ func TestCStoppedByKeeper(t *testing.T) {
 	for _, arg := range []string{"--keeper", "-d"} {
 		t.Run(arg, func(t *testing.T) {
 			t.Parallel()
-			m := startInstalled(t, host.Ours(t), arg)
-			daemon := m.pidOf()
-			keeper := parentOf(daemon)
-			c := m.Client(noOne)
-			must(t, c.Acquire("", host.Data+"/x", wire.Autocreate))
-			m.become(host.C(t), daemon, c)
+			m, keeper, daemon := startBesideC(t, arg)
 			must(t, unix.Kill(keeper, unix.SIGTERM))
 			eventually(t, "both have ended", func() bool { return parentOf(keeper) == 0 && parentOf(daemon) == 0 })
 			for _, path := range []string{pidFile, "/run/libvirt/virtlockd-sock"} {
