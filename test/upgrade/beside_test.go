@@ -166,9 +166,7 @@ func TestCrashAfterDetachedC(t *testing.T) {
 	must(t, unix.Kill(daemon, unix.SIGKILL))
 	next := m.successor(daemon)
 	must(t, locks.conn.Ping())
-	if !logged("recovery: this process has taken over") {
-		t.Error("the log does not say that it has taken over")
-	}
+	eventually(t, "the log says that it has taken over", func() bool { return logged("recovery: this process has taken over") })
 	locks.check(m.machine)
 	if seen, polls := outside.End(); len(seen) > 0 || polls == 0 {
 		t.Errorf("from outside, in %d looks: %q", polls, seen)
