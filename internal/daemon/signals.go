@@ -47,7 +47,8 @@ var errReload = errors.New("the configuration is being read again")
 // prepareExec sees to it that no signal is deadly until the next binary has its handlers, but for those that ask for the end.
 // The goroutine is locked to its thread. If exec fails, undo.
 //
-//	SIGUSR1   is held back, and then pending for a binary of ours; the C daemon would leave it blocked, so there it is ignored
+//	SIGUSR1   is held back, and then pending for a binary of ours, unless another thread takes it in the last instant: then this
+//	          upgrade is the one that it asks for. The C daemon would leave it blocked, so there it is ignored
 //	SIGHUP,   are ignored, since the Go run-time of the next binary neither holds them back nor survives them. It reads its
 //	SIGINT    configuration anyway
 //	SIGTERM,  end the process at once, from here on until the next binary has its handlers: the Go run-time does not
