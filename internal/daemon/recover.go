@@ -219,7 +219,7 @@ func (d *daemon) recoverSettings(r *recovery, f *vault.Found) error {
 // owner returns the place of an owner, whose pidfd, or state.NoFD, is the snapshot's from now on.
 func (r *recovery) owner(o state.Owner) int32 {
 	key := ownerKey{o.PID, o.PIDFD == state.NoFD}
-	ended := !key.number && hasEnded(o.PIDFD)
+	ended := !key.number && poll.Ended(int(o.PIDFD))
 	add := func() int32 {
 		at := int32(len(r.snapshot.Owners))
 		r.snapshot.Owners = append(r.snapshot.Owners, o)
@@ -244,11 +244,6 @@ func (r *recovery) owner(o state.Owner) int32 {
 		unix.Close(int(o.PIDFD))
 	}
 	return at
-}
-
-// hasEnded tells whether the process of a pidfd has.
-func hasEnded(pidfd int32) bool {
-	return poll.Now(int(pidfd), unix.POLLIN)&unix.POLLIN != 0
 }
 
 // client takes a connection over, or notes that it ends: one whose last request is not answered, as far as can be told, is

@@ -45,7 +45,7 @@ func (p *process) ended() bool {
 	if p.dead.Load() {
 		return true
 	}
-	if poll.Now(p.fd, unix.POLLIN)&unix.POLLIN != 0 {
+	if poll.Ended(p.fd) {
 		p.dead.Store(true)
 	}
 	return p.dead.Load()

@@ -18,3 +18,6 @@ func Now(fd int, events int16) int16 {
 		}
 	}
 }
+
+// Ended tells whether the process of a pidfd has ended, as one has that is a zombie (pidfd_open(2)).
+func Ended(pidfd int) bool { return Now(pidfd, unix.POLLIN)&unix.POLLIN != 0 }

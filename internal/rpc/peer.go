@@ -91,7 +91,7 @@ func openPeer(pid int32, accepted int64, conn int) (int, error) {
 	case err != nil:
 	// Only while the process of the descriptor lives is the number surely its
 	// own, and what /proc said about the number was about this process.
-	case ended(fd), hungUp(conn), started > accepted:
+	case poll.Ended(fd), hungUp(conn), started > accepted:
 		err = ErrPeerGone
 	default:
 		return fd, nil
@@ -99,9 +99,6 @@ func openPeer(pid int32, accepted int64, conn int) (int, error) {
 	unix.Close(fd)
 	return -1, err
 }
-
-// ended tells whether the process of a pidfd has ended. A zombie has.
-func ended(pidfd int) bool { return poll.Now(pidfd, unix.POLLIN) != 0 }
 
 // clockTick is the unit of times in /proc/PID/stat: USER_HZ, 100 on every Linux
 // that Go runs on.

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/poll"
 )
 
 func TestPeerPIDFD(t *testing.T) {
@@ -61,7 +63,7 @@ func TestOpenPeer(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if ended(fd) {
+	if poll.Ended(fd) {
 		t.Error("it has ended already")
 	}
 	gone := func(what string, pid int32, accepted int64) {
@@ -73,7 +75,7 @@ func TestOpenPeer(t *testing.T) {
 	gone("started after the connection", pid, started-1)
 	gone("no such process", math.MaxInt32, now)
 	in.Close()
-	eventually(t, "the child to be a zombie", func() bool { return ended(fd) })
+	eventually(t, "the child to be a zombie", func() bool { return poll.Ended(fd) })
 	gone("zombie", pid, now)
 	if err := cmd.Wait(); err != nil {
 		t.Fatal(err)

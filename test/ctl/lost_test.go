@@ -65,6 +65,20 @@ func (g *guarded) look() {
 	upgrade(g.T, g.h, g.d)
 }
 
+// hangingRegain has alpha lose the lock on /tmp/slow/a, which is being taken again on the disk that hangs until Resume.
+func (g *guarded) hangingRegain() *slowdisk.Disk {
+	g.Helper()
+	disk := slowdisk.Mount(g.T, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
+	disk.Fill("a")
+	must(g.T, g.c.Acquire("", "/tmp/slow/a", 0))
+	g.fill()
+	disk.Forget("a")
+	disk.Hang(slowdisk.Lock)
+	g.look()
+	disk.AwaitHang(slowdisk.Lock)
+	return disk
+}
+
 // told tells whether that was told of alpha's lock: of that kind, with this in its text.
 func (g *guarded) told(kind, reason, text string) bool {
 	g.Helper()
@@ -222,14 +236,7 @@ func TestReadErrorOfHeldLock(t *testing.T) {
 func TestRegainHangs(t *testing.T) {
 	t.Parallel()
 	g := newGuarded(t, "kill")
-	disk := slowdisk.Mount(t, g.h, "/tmp/slow", slowdisk.Options{Locks: true})
-	disk.Fill("a")
-	must(t, g.c.Acquire("", "/tmp/slow/a", 0))
-	g.fill()
-	disk.Forget("a")
-	disk.Hang(slowdisk.Lock)
-	g.look()
-	disk.AwaitHang(slowdisk.Lock)
+	disk := g.hangingRegain()
 	var locks []inspect.Lock
 	read(t, g.h, ok, &locks, "list", "-r", "/tmp/slow/a")
 	if len(locks) != 1 || len(locks[0].Owners) != 1 || string(locks[0].Owners[0].Name) != "alpha" {

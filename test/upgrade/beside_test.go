@@ -168,9 +168,7 @@ func TestCrashAfterDetachedC(t *testing.T) {
 	must(t, locks.conn.Ping())
 	eventually(t, "the log says that it has taken over", func() bool { return logged("recovery: this process has taken over") })
 	locks.check(m.machine)
-	if seen, polls := outside.End(); len(seen) > 0 || polls == 0 {
-		t.Errorf("from outside, in %d looks: %q", polls, seen)
-	}
+	outside.Quiet()
 	locks.release(m.machine)
 	keeper := parentOf(next)
 	if name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", keeper)); !strings.HasPrefix(string(name), "virtlockd-keep") {
