@@ -138,12 +138,17 @@ func (s *sink) run() {
 		s.queue = nil
 		s.mu.Unlock()
 
-		if s.writer.renew() {
+		renewed := s.writer.renew()
+		if renewed {
 			started = false
 		}
+		if len(batch) == 0 && !renewed && !closing {
+			continue // what the wake was for was dealt with before
+		}
 		var err error
+		told := false // of what was lost, since the last record
 		for _, r := range batch {
-			if r.mark != nil {
+			if told = r.mark != nil; told {
 				s.tellLost(err)
 				close(r.mark)
 				continue
@@ -153,7 +158,9 @@ func (s *sink) run() {
 			}
 			s.settle(r, err)
 		}
-		s.tellLost(err)
+		if !told {
+			s.tellLost(err)
+		}
 		if closing {
 			return
 		}
