@@ -144,11 +144,13 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 		t.addHolder(r, h)
 	}
 	t.count(r, 1)
-	t.adopted = append(t.adopted, r)
+	if res.File != (state.File{}) { // the C daemon's are asked for as they are converted
+		t.adopted = append(t.adopted, r)
+	}
 	return rivals, nil
 }
 
-// Confirm asks the kernel for all locks that were adopted, and reports those that had been lost before. Requests may
+// Confirm asks the kernel for all locks that were adopted unasked, and reports those that had been lost before. Requests may
 // come meanwhile.
 func (t *Table) Confirm(report func(path string, holder *owner.Owner, found filelock.Finding)) {
 	const batch = 64 // how many a request may have to wait for
