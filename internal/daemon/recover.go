@@ -69,6 +69,11 @@ func (d *daemon) recoverVault(roots []int) (*recovery, error) {
 	if v == nil {
 		return nil, nil
 	}
+	return d.recoverContents(v, found)
+}
+
+// recoverContents is recoverVault for what was found in a vault.
+func (d *daemon) recoverContents(v *vault.Vault, found []vault.Found) (*recovery, error) {
 	r := &recovery{
 		vault: v, owners: map[ownerKey]int32{}, ended: map[int32]bool{}, resources: map[resourceKey]*state.Resource{}, progress: map[uint64]rpc.Progress{},
 		snapshot: &state.Snapshot{
@@ -94,6 +99,7 @@ func (d *daemon) recoverVault(roots []int) (*recovery, error) {
 	spaces := map[string]uint32{}
 	for i := range found {
 		f := &found[i]
+		var err error
 		switch {
 		case f.Err != nil:
 			d.log.Error("recovery: something in the vault is not understood; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index(), "error", f.Err)
@@ -113,6 +119,9 @@ func (d *daemon) recoverVault(roots []int) (*recovery, error) {
 		}
 		if err != nil {
 			d.log.Error("recovery: something in the vault can't be opened; it stays there, so a file that it locks stays locked", "error", err)
+			if f.Hold != nil && !errors.Is(err, vault.ErrEmpty) { // as it is when a worker process has released it just now
+				d.safety.orphans++
+			}
 		}
 	}
 	r.complete(spaces)
@@ -146,10 +155,11 @@ func (d *daemon) openVault(roots []int) (v *vault.Vault, found []vault.Found, er
 			d.safety.another = true
 		}
 	}
-	if v != nil {
-		return v, found, nil
+	if v == nil {
+		return nil, nil, err
 	}
-	return nil, nil, err
+	d.safety.another = d.safety.another || err != nil
+	return v, found, nil
 }
 
 func readVault(root int) (*vault.Vault, []vault.Found, error) {

@@ -118,3 +118,52 @@ func TestRecoveredHolds(t *testing.T) {
 		})
 	}
 }
+
+// A hold that can't be opened is counted, and so is a vault that can't be opened beside one that can: the daemon must not give up what
+// they keep locked.
+func TestRecoveryLeaves(t *testing.T) {
+	t.Parallel()
+	newVault := func() (*vault.Vault, int) {
+		v, err := vault.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(v.GiveUp)
+		root, err := unix.FcntlInt(uintptr(v.Root()), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v, root
+	}
+	v, root := newVault()
+	broken, brokenRoot := newVault()
+	if err := vault.At(broken.Root()).Put([]byte("of a later version")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(brokenRoot) })
+	h := vault.Hold{Name: "disk", Owner: state.Owner{PIDFD: state.NoFD}}
+	record := h.Record(nil)
+	vault.SetFile(record, state.File{Dev: 1, Ino: 2})
+	for range 2 {
+		if _, err := v.Store(record, root); err != nil { // any file
+			t.Fatal(err)
+		}
+	}
+	d := &daemon{log: slog.New(slog.DiscardHandler)}
+	next, found, err := d.openVault([]int{brokenRoot, root})
+	if err != nil || len(found) != 2 {
+		t.Fatalf("%d records, %v", len(found), err)
+	}
+	defer next.Close()
+	found[0].Cell.Close()
+	r, err := d.recoverContents(next, found)
+	if err != nil || len(r.snapshot.Default) != 1 {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if !d.safety.another || d.safety.orphans != 1 {
+		t.Errorf("another vault: %v, want true; holds that were left: %d, want 1", d.safety.another, d.safety.orphans)
+	}
+	for _, res := range r.snapshot.Default {
+		unix.Close(int(res.FD))
+	}
+}

@@ -365,6 +365,18 @@ func (d *daemon) adoptLocks(take *filelock.Takeover, heirs []heir, owners []*own
 		}
 		if d.adoptLock(h, owners) {
 			n++
+		} else {
+			d.safety.orphans += stored(h.res)
+		}
+	}
+	return n
+}
+
+// stored counts the holds of a resource that lie in the vault.
+func stored(res *state.Resource) (n int) {
+	for _, cell := range res.Cells {
+		if cell != 0 {
+			n++
 		}
 	}
 	return n
@@ -654,6 +666,7 @@ func (d *daemon) adoptPIDFile(s *state.Snapshot) {
 // returns what lies in cells that nobody is left to use.
 func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
 	var v *vault.Vault
+	d.safety.another = d.safety.another || s.AnotherVault
 	switch {
 	case d.found != nil:
 		v = d.found.vault
@@ -729,6 +742,9 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 			returnAfter(v, f.Cell, worker)
 		default:
 			d.log.Error(d.cause+"something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
+			if f.Hold != nil {
+				d.safety.orphans++
+			}
 		}
 	}
 }

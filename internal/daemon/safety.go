@@ -49,7 +49,9 @@ type safety struct {
 	changing sync.Mutex
 	again    chan struct{} // guard is to look at once
 	wanted   bool          // that a keeper of ours keeps it; does not change after the start
-	another  bool          // there was another vault at the start, which is not used; does not change after that
+	// What is kept beside the locks that we know, and would be given up by a daemon that knows nothing of it. Neither changes after the start.
+	another bool // there is another vault, which is not used
+	orphans int  // holds in ours that could not be taken over
 
 	mu     sync.Mutex // of what follows; never held over a system call that can block
 	store  systemd.Notifier
@@ -127,7 +129,7 @@ func (d *daemon) keep(v *vault.Vault) error {
 	s.mu.Lock()
 	store, stale, proved := s.store, s.stale, s.proved
 	s.mu.Unlock()
-	if stale {
+	if stale && !s.another { // which has the same name
 		// Of two by one name the next process would not know which one counts.
 		err := store.Remove(vaultName)
 		if s.keeper() == nil && (errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT)) {
@@ -292,6 +294,8 @@ func (d *daemon) mayLeaveVault() error {
 		return nil
 	case s.another:
 		return errors.New("there is another vault, and the locks in it would be given up; see the log of the recovery")
+	case s.orphans > 0:
+		return fmt.Errorf("%d locks in the vault could not be taken over, and would be given up; see the log of the recovery or the upgrade before, or stop the service", s.orphans)
 	case v.Unknown() > 0:
 		return fmt.Errorf("%d records in the vault are not understood, and the locks that they stand for would be given up; go on with the version that has written them, or stop the service", v.Unknown())
 	}

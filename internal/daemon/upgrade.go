@@ -404,6 +404,7 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	s := d.settings()
 	s.PID, s.Began = int32(os.Getpid()), began()
 	s.Upgrades++
+	s.AnotherVault = d.safety.another
 	d.safety.mu.Lock()
 	if v := d.safety.vault; v != nil {
 		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()

@@ -327,6 +327,7 @@ func (e *encoder) extras(s *Snapshot) {
 		e.int("vault", int64(s.Vault))
 	}
 	e.some("cell", uint64(s.Cell))
+	e.yes("anotherVault", s.AnotherVault)
 	if s.Epoll != nil {
 		e.key("epoll")
 		e.open('{')

@@ -62,6 +62,8 @@ type Snapshot struct {
 	// 0: not stored.
 	Vault int32
 	Cell  uint32 // with the daemon's own settings
+	// AnotherVault says that there is one more, which is not used; whoever keeps the vault has it.
+	AnotherVault bool
 	// StartDir is where relative names on the command line count from. "": the working directory.
 	StartDir string
 

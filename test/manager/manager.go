@@ -245,12 +245,13 @@ func (m *Manager) Start(o host.Options) *host.Daemon {
 }
 
 // Launch starts a daemon, which can be connected to afterwards, or with o.NoWait not even that. NOFILE in its environment is how many
-// descriptors it may have.
+// descriptors it may have, and PROGRAM
+// a path by which it is run, so that a test can put another program there.
 func (m *Manager) Launch(o host.Options) *host.Daemon {
 	m.t.Helper()
 	o = m.Options(o)
 	// The shell, which becomes the daemon, knows the number.
-	script := fmt.Sprintf("#!/bin/sh\ntest -z \"$NOFILE\" || ulimit -n \"$NOFILE\"\nLISTEN_PID=$$; export LISTEN_PID; exec %s \"$@\"\n", host.Ours(m.t))
+	script := fmt.Sprintf("#!/bin/sh\ntest -z \"$NOFILE\" || ulimit -n \"$NOFILE\"\nLISTEN_PID=$$; export LISTEN_PID; exec \"${PROGRAM:-%s}\" \"$@\"\n", host.Ours(m.t))
 	m.h.WriteFile(starter, script, 0o755)
 	m.h.Expose(host.Ours(m.t))
 	return m.h.Start(starter, o)
