@@ -331,6 +331,10 @@ func (r *recovery) hold(f *vault.Found) error {
 		unix.Close(fd)
 	}
 	h.Owner.Stopped, h.Owner.Ending = word == vault.Stopped, word == vault.Ending
+	if h.Owner.Ending && h.Owner.PIDFD != state.NoFD {
+		// Nobody else is ever ended: he has proven, when the hold was stored already, that he is the process of this pidfd.
+		h.Owner.Kind = state.Verified
+	}
 	moved := word == vault.Moving && r.holds(res, h)
 	res.Owners = append(res.Owners, r.owner(h.Owner))
 	res.Cells = append(res.Cells, cell)

@@ -167,3 +167,47 @@ func TestRecoveryLeaves(t *testing.T) {
 		unix.Close(int(res.FD))
 	}
 }
+
+// Who is being ended was verified, though not yet when his hold was stored; nobody else is taken for that.
+func TestRecoveredKind(t *testing.T) {
+	t.Parallel()
+	for word, want := range map[uint64]state.Kind{0: state.Watched, vault.Stopped: state.Watched, vault.Ending: state.Verified} {
+		v, err := vault.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer v.GiveUp()
+		pidfd, err := unix.PidfdOpen(os.Getpid(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(pidfd)
+		h := vault.Hold{
+			Name:  "disk",
+			Owner: state.Owner{Details: state.Details{PID: int32(os.Getpid())}, Kind: state.Watched, PIDFD: int32(pidfd)},
+		}
+		record := h.Record(nil)
+		vault.SetFile(record, state.File{Dev: 1, Ino: 2})
+		cell, err := v.Store(record, pidfd, v.Root()) // any file
+		if err != nil {
+			t.Fatal(err)
+		}
+		cell.Word().Store(word)
+		root, err := unix.FcntlInt(uintptr(v.Root()), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := &daemon{log: slog.New(slog.DiscardHandler)}
+		r, err := d.recoverVault([]int{root})
+		if err != nil || len(r.snapshot.Owners) != 1 || len(r.snapshot.Default) != 1 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		o := r.snapshot.Owners[0]
+		if o.Kind != want {
+			t.Errorf("an owner with the word %d is %v, want %v", word, o.Kind, want)
+		}
+		unix.Close(int(o.PIDFD))
+		unix.Close(int(r.snapshot.Default[0].FD))
+		r.vault.Close()
+	}
+}

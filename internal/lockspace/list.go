@@ -220,6 +220,7 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 		t.mu.Lock()
 		t.nowStored(r, h.cell, cell)
 		h.cell = cell
+		h.note()
 		t.mu.Unlock()
 	}
 	if err := old.Release("", last); err != nil {

@@ -463,6 +463,7 @@ func (t *Table) hold(r *resource, o *owner.Owner, since int64) (serial uint64) {
 // acquired adds a holder. t.mu is held.
 func (t *Table) acquired(r *resource, o *owner.Owner, cell *vault.Cell, since int64) (serial uint64) {
 	serial = t.addHolder(r, hold{owner: o, cell: cell, since: since})
+	r.holders[len(r.holders)-1].note()
 	t.report(events.Acquired, "", r, o, since)
 	return serial
 }

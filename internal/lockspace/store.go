@@ -32,11 +32,9 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 	}
 	cell, err := v.Take()
 	if err == nil {
+		cell.Word().Store(wordOf(&h.Owner)) // first: who finds the record finds that, too, but for one that a worker process stores
 		var b [512]byte
 		if err = r.lock.Store(cell, h.Record(b[:0]), h.Owner.PIDFD); err == nil {
-			if word := wordOf(&h.Owner); word != 0 {
-				cell.Word().Store(word)
-			}
 			return cell
 		}
 		v.Release(cell)
@@ -61,18 +59,26 @@ func wordOf(o *state.Owner) uint64 {
 func (t *Table) NoteOwner(o *owner.Owner) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := o.State()
-	is := wordOf(&s)
 	for _, r := range t.byOwner[o] {
-		for _, h := range r.holders {
-			if h.owner != o || h.cell == nil {
-				continue
+		for i := range r.holders {
+			if h := &r.holders[i]; h.owner == o {
+				h.note()
 			}
-			for _, was := range [...]uint64{0, vault.Stopped, vault.Ending} { // what is being done to a hold counts more
-				if h.cell.Word().CompareAndSwap(was, is) {
-					break
-				}
-			}
+		}
+	}
+}
+
+// note is NoteOwner for one hold. It is called, too, when a hold was entered into the table: while it was being stored NoteOwner did not
+// see it. Table.mu is held.
+func (h *hold) note() {
+	if h.cell == nil {
+		return
+	}
+	s := h.owner.State()
+	is := wordOf(&s)
+	for _, was := range [...]uint64{0, vault.Stopped, vault.Ending} { // what is being done to a hold counts more
+		if h.cell.Word().CompareAndSwap(was, is) {
+			return
 		}
 	}
 }
@@ -157,6 +163,7 @@ func (t *Table) storeResource(r *resource) (n int) {
 		if r.holders[i].cell = cell; cell != nil {
 			n++
 		}
+		r.holders[i].note()
 		r.phase = held
 		t.end(r)
 	}

@@ -3,8 +3,12 @@
 package lockspace
 
 import (
+	"bufio"
+	"os/exec"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/owner"
 	"virtlockd/internal/vault"
@@ -56,4 +60,61 @@ func TestStored(t *testing.T) {
 	f.want("release", f.release(alone, o), nil)
 	f.want("release of what is not stored", f.release(lost, long), nil)
 	check(2, 0, 0, 0)
+}
+
+// An owner who hangs up while another lock of his is being stored is noted there, too, as one who is being ended.
+func TestNotedWhileStored(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	v, err := vault.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.GiveUp()
+	f.SetVault(v)
+	cmd := exec.Command("/bin/sh", "-c", "trap '' TERM; echo ready; read x")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	pidfd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := f.owners.Self(&owner.Details{PID: int32(cmd.Process.Pid)}, pidfd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.Release()
+	disk := f.touch("disk")
+	open := f.gate.hold(disk)
+	acquired := make(chan error, 1)
+	go func() { acquired <- f.acquire(disk, 0, o) }()
+	<-f.gate.reached
+	f.mu.Lock() // before the hold is entered
+	open()
+	f.eventually("it is being stored", func() bool { _, used := v.Size(); return used == 1 })
+	f.owners.HangUp(o)
+	f.owners.Close() // it is not killed
+	f.mu.Unlock()
+	f.want("acquire", <-acquired, nil)
+	f.mu.Lock()
+	word := f.lookup("", disk).holders[0].cell.Word().Load()
+	f.mu.Unlock()
+	if word != vault.Ending {
+		t.Errorf("beside the hold is noted %d, want %d", word, vault.Ending)
+	}
+	f.want("release", f.release(disk, o), nil)
 }

@@ -52,7 +52,8 @@ const Releasing = 1
 // Stopped is the word of a hold whose owner the daemon has stopped, because a lock was lost.
 const Stopped = 3
 
-// Ending is the word of a hold whose owner is being ended, because it has closed its connection. It goes before Stopped.
+// Ending is the word of a hold whose owner is being ended, because it has closed its connection. It goes before Stopped. Only a verified
+// owner is ended, so it also says that he is one, though the record may be older than that.
 const Ending = 6
 
 // Moving is the word of a hold that is being stored once more, with another lock on its file. Whoever finds both after a crash

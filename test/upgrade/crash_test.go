@@ -132,17 +132,33 @@ func TestKeeperKilled(t *testing.T) {
 	eventually(t, "both have ended", func() bool { return parentOf(keeper) == 0 && parentOf(daemon) == 0 })
 }
 
-// A guest that has hung up and ignores SIGTERM is ended by the next daemon, if the one that has begun with that is killed.
+// A guest that has hung up and ignores SIGTERM is ended by the next daemon, if the one that has begun with that is killed; also if its
+// only lock was taken by somebody else, before it proved who it is.
 func TestKillRuleOutlivesCrash(t *testing.T) {
 	t.Parallel()
+	for name, named := range map[string]bool{"by itself": false, "by its manager": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			killRuleOutlivesCrash(t, named)
+		})
+	}
+}
+
+func killRuleOutlivesCrash(t *testing.T, named bool) {
 	m := startKept(t)
 	locks := m.hold()
 	outside := m.startChecker(locks.paths...)
 	g := m.Spawn(host.ProcessOptions{})
 	g.IgnoreTerm()
+	acquire := func(c *wire.Conn) { must(t, c.Acquire("", host.Data+"/guest", wire.Autocreate)) }
+	if named {
+		acquire(m.Client(g.PID()))
+	}
 	c := g.Dial(m.Daemon, "lock")
 	must(t, c.Register(wire.VM(g.PID())))
-	must(t, c.Acquire("", host.Data+"/guest", wire.Autocreate))
+	if !named {
+		acquire(c)
+	}
 	daemon := m.Kept()
 	host.Settled(t, daemon)
 	c.Close()
