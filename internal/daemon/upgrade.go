@@ -307,7 +307,8 @@ func (d *daemon) noCallStuck() error {
 }
 
 // disksAnswer tells of a disk that does not answer although a lock is held on it. The C daemon is given open files instead of cells, whose
-// close may ask the disk, and so would we on the way back. It takes a second at most.
+// close may ask the disk, and so would we on the way back. It takes a second at most. A disk whose locks are all released meanwhile is nobody's
+// business.
 func (d *daemon) disksAnswer() error {
 	asked := map[string]bool{}
 	for from, more := 0, true; more; more = from != 0 {
@@ -319,11 +320,14 @@ func (d *daemon) disksAnswer() error {
 			if mount == "" || e.Lock.ID().Block || asked[mount] { // to close a block device that others have open asks nobody
 				continue
 			}
-			asked[mount] = true
-			for _, f := range d.checker.Check(e) {
-				if f.Kind == verify.NoAnswer {
-					return fmt.Errorf("the C daemon would wait for the disk of %s with every lock: %s; try again when it answers", e.Path, f.Text)
-				}
+			answered, trouble := d.checker.Ask(e)
+			switch {
+			case answered:
+				asked[mount] = true
+			case trouble != nil && trouble.Kind == verify.NoAnswer:
+				return fmt.Errorf("the C daemon would wait for the disk of %s with every lock: %s; try again when it answers", e.Path, trouble.Text)
+			case trouble != nil:
+				return fmt.Errorf("whether the disk of %s answers is not known, and the C daemon would wait for it with every lock: %s; try again", e.Path, trouble.Text)
 			}
 		}
 	}

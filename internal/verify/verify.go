@@ -92,6 +92,21 @@ func (c *Checker) Check(e *lockspace.Entry) []Finding {
 	return c.settled(e, found, holds)
 }
 
+// Ask finds out by a lock whether its disk answers: it has, or trouble says why that is not known. Neither says that the lock was
+// released meanwhile, and so nothing. It takes as long as Check.
+func (c *Checker) Ask(e *lockspace.Entry) (answered bool, trouble *Finding) {
+	found := c.file(e)
+	if _, ok := c.table.Current(e); !ok {
+		return false, nil
+	}
+	for i := range found {
+		if k := found[i].Kind; k == NoAnswer || k == NotChecked {
+			return false, &found[i]
+		}
+	}
+	return true, nil
+}
+
 // file checks the lock and its file.
 func (c *Checker) file(e *lockspace.Entry) []Finding {
 	where := e.Lock.Mount()

@@ -124,7 +124,7 @@ func TestOwners(t *testing.T) {
 	none.Release()
 }
 
-// What was released, and perhaps acquired again, since it was listed is not a finding.
+// What was released, and perhaps acquired again, since it was listed is not a finding, and says nothing of its disk.
 func TestStale(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -141,6 +141,14 @@ func TestStale(t *testing.T) {
 	again := f.acquire("a", o)
 	f.want(e)
 	f.want(again)
+	for _, tt := range []struct {
+		*lockspace.Entry
+		want bool
+	}{{e, false}, {again, true}} {
+		if answered, trouble := f.checker.Ask(tt.Entry); answered != tt.want || trouble != nil {
+			t.Errorf("asked: %v, %v, want %v", answered, trouble, tt.want)
+		}
+	}
 }
 
 // Checks go on while locks come and go.

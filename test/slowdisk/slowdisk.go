@@ -110,7 +110,7 @@ func Mount(t testing.TB, h Place, path string, o Options) *Disk {
 }
 
 func (d *Disk) unmount() {
-	for _, op := range []Op{Lookup, Open, Create, Unlink, Lock, Write, Read} {
+	for _, op := range []Op{Lookup, Open, Create, Unlink, Lock, Write, Read, Flush} {
 		d.Resume(op)
 	}
 	// Force aborts what is under way, detach does not mind who has files open.

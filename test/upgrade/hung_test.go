@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -160,6 +162,69 @@ func TestDeadDiskToC(t *testing.T) {
 	outside.Quiet()
 }
 
+// The first lock on a disk is released while another disk is being asked: then the disk is asked by its next lock.
+func TestDeadDiskToCLater(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	first := slowdisk.Mount(t, m.Host, "/tmp/first", slowdisk.Options{})
+	second := slowdisk.Mount(t, m.Host, "/tmp/second", slowdisk.Options{})
+	first.Fill("x")
+	must(t, locks.conn.Acquire("", "/tmp/first/x", 0))
+	for _, name := range []string{"x", "y"} {
+		second.Fill(name)
+		must(t, locks.conn.Acquire("", "/tmp/second/"+name, 0))
+	}
+	m.turn(host.C(t))
+	for {
+		first.Hang(slowdisk.Read)
+		failed := m.failures()
+		m.send(unix.SIGUSR1)
+		first.AwaitHang(slowdisk.Read)
+		must(t, locks.conn.Release("", "/tmp/second/x"))
+		second.Hang(slowdisk.Flush)
+		second.Hang(slowdisk.Read)
+		first.Resume(slowdisk.Read)
+		eventually(t, "no upgrade", func() bool { return m.failures() > failed })
+		second.Resume(slowdisk.Flush)
+		second.Resume(slowdisk.Read)
+		line := last(m.Stderr(), failureLine)
+		if strings.Contains(line, "the C daemon would wait for the disk of /tmp/second/y") {
+			break
+		}
+		if !strings.Contains(line, "/tmp/first/x") { // we were slow
+			t.Fatalf("the log says: %s", line)
+		}
+		must(t, locks.conn.Acquire("", "/tmp/second/x", 0))
+		must(t, locks.conn.Release("", "/tmp/second/y"))
+		must(t, locks.conn.Acquire("", "/tmp/second/y", 0)) // behind the other one
+	}
+	locks.check(m)
+}
+
+// A disk that can't be asked, since no worker process can be started, counts as one that does not answer.
+func TestDiskNotAskedForC(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	program, err := os.ReadFile(host.Ours(t))
+	must(t, err)
+	const own = "/tmp/own"
+	m.WriteFile(own, string(program), 0o755)
+	m.hop(own)
+	locks := m.hold()
+	slowdisk.Mount(t, m.Host, "/tmp/slow", slowdisk.Options{}).Fill("x")
+	must(t, locks.conn.Acquire("", "/tmp/slow/x", 0))
+	m.Must(func() error { return os.Chmod(own, 0o644) })
+	for _, worker := range m.childrenOfAll() {
+		must(t, unix.Kill(worker, unix.SIGKILL))
+	}
+	m.turn(host.C(t))
+	m.fails("whether the disk of /tmp/slow/x answers is not known")
+	m.Must(func() error { return os.Chmod(own, 0o755) })
+	must(t, locks.conn.Release("", "/tmp/slow/x"))
+	locks.check(m)
+}
+
 // A call on a local disk that is stuck can't be left behind: the upgrade is put off, until the disk answers.
 func TestStuckLocalDisk(t *testing.T) {
 	t.Parallel()
@@ -218,6 +283,21 @@ func TestStuckLocalDisk(t *testing.T) {
 	m.usr1()
 	must(t, c.Release("", dir+"/x"))
 	locks.check(m)
+}
+
+// childrenOfAll are those of all threads of the daemon.
+func (m *machine) childrenOfAll() (all []int) {
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", m.process()))
+	must(m.t, err)
+	for _, task := range tasks {
+		b, _ := os.ReadFile(task) // it may just have ended
+		for _, child := range strings.Fields(string(b)) {
+			pid, err := strconv.Atoi(child)
+			must(m.t, err)
+			all = append(all, pid)
+		}
+	}
+	return all
 }
 
 // tasks tells what each thread of the daemon is doing.
