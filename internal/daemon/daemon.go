@@ -223,6 +223,7 @@ type daemon struct {
 	owners       *owner.Registry
 	events       *events.Log
 	noted        atomic.Uint64 // what was locked when the note of that was written, see lockspace.Table.Serial
+	noting       sync.Mutex    // held while that is written, and while it must not be; nobody waits for it
 	checker      *verify.Checker
 	watcher      *watch.Watcher
 	table        *lockspace.Table

@@ -60,7 +60,7 @@ func (d *daemon) writeNote() error {
 			for _, h := range entries[i].Holds {
 				if n++; n > noteMost {
 					fmt.Fprintln(&b, "and more")
-					return state.Write(d.paths.note(), b.Bytes())
+					return d.putNote(b.Bytes())
 				}
 				o := h.Owner.Details()
 				fmt.Fprintf(&b, "%q held by domain %q (%s), process %d\n", entries[i].Path, o.Name[:min(len(o.Name), noteBytes)], o.UUIDString(), h.Owner.PID)
@@ -70,10 +70,20 @@ func (d *daemon) writeNote() error {
 			break
 		}
 	}
-	if b.Len() == 0 {
+	return d.putNote(b.Bytes())
+}
+
+// putNote replaces the note, or with nothing in it removes it.
+func (d *daemon) putNote(text []byte) error {
+	if !d.noting.TryLock() {
+		d.noted.Store(unnoted)
+		return errors.New("a hand-over to the C daemon is under way, which it would outlive")
+	}
+	defer d.noting.Unlock()
+	if len(text) == 0 {
 		return state.Remove(d.paths.note())
 	}
-	return state.Write(d.paths.note(), b.Bytes())
+	return state.Write(d.paths.note(), text)
 }
 
 // readNote says what an earlier daemon has lost. It is called where nothing was taken over: nobody kept its locks.
@@ -95,9 +105,21 @@ func (d *daemon) readNote() {
 	}
 }
 
+// unnoted is a number that the table never has.
+const unnoted = ^uint64(0)
+
+// leaveNote is forgetNote for a hand-over. Nobody writes another one before release is called. It does not wait for one that is being written.
+func (d *daemon) leaveNote() (release func(), err error) {
+	if !d.noting.TryLock() {
+		return nil, fmt.Errorf("the note of what is locked is just being written, %w", errBusy)
+	}
+	d.forgetNote()
+	return d.noting.Unlock, nil
+}
+
 // forgetNote removes the note, because no lock is lost. If the daemon goes on after all, it writes another one.
 func (d *daemon) forgetNote() {
-	d.noted.Store(^uint64(0))
+	d.noted.Store(unnoted)
 	if err := state.Remove(d.paths.note()); err != nil {
 		d.log.Warn("the note of what was locked stays", "error", err)
 	}

@@ -551,7 +551,11 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 		return err
 	}
 	if next.reader == state.C {
-		d.forgetNote() // nobody would keep it
+		release, err := d.leaveNote() // nobody would keep it
+		if err != nil {
+			return err
+		}
+		defer release() // not reached after exec
 		if err := d.leaveVault(); err != nil {
 			return err
 		}

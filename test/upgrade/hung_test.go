@@ -202,6 +202,22 @@ func TestDeadDiskToCLater(t *testing.T) {
 	locks.check(m)
 }
 
+// A note of what is locked that is just being written would outlive the hand-over to the C daemon, and tell of losses that were none. Also,
+// the disk may hang, and exec with it.
+func TestNoteHangsForC(t *testing.T) {
+	t.Parallel()
+	m := start(t, host.Ours(t), host.Options{})
+	locks := m.hold()
+	run := slowdisk.Mount(t, m.Host, "/run/libvirt", slowdisk.Options{}) // over the sockets; connections go on
+	run.Hang(slowdisk.Create)
+	must(t, locks.conn.Acquire("", host.Data+"/noted", wire.Autocreate))
+	run.AwaitHang(slowdisk.Create)
+	m.turn(host.C(t))
+	m.fails("the note of what is locked is just being written")
+	must(t, locks.conn.Release("", host.Data+"/noted"))
+	run.Resume(slowdisk.Create)
+}
+
 // A disk that can't be asked, since no worker process can be started, counts as one that does not answer.
 func TestDiskNotAskedForC(t *testing.T) {
 	t.Parallel()
