@@ -29,6 +29,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/internal/poll"
 	"virtlockd/internal/systemd"
 )
 
@@ -389,7 +390,8 @@ func (k *keeper) programNow() string {
 		return k.program
 	}
 	path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", k.pid))
-	if err != nil || path == ours {
+	// If the daemon lives now the pid was no other process's a moment before.
+	if err != nil || path == ours || poll.Ended(k.pidfd) {
 		return k.program
 	}
 	return strings.TrimSuffix(path, " (deleted)") // replaced: the new one has its name

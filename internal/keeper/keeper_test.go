@@ -426,6 +426,47 @@ func TestReexec(t *testing.T) {
 	}
 }
 
+// What to go on as is the daemon's program, and no other one's that has its process id now.
+func TestProgramNow(t *testing.T) {
+	t.Parallel()
+	const installed = "/usr/sbin/installed"
+	start := func() (*exec.Cmd, int) {
+		t.Helper()
+		cmd := exec.Command("/bin/sleep", "1000")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		pidfd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			cmd.Process.Kill()
+			cmd.Wait()
+			unix.Close(pidfd)
+		})
+		return cmd, pidfd
+	}
+	other, pidfd := start()
+	program := func(pidfd int) string {
+		k := &keeper{program: installed, state: state{pid: other.Process.Pid, pidfd: pidfd}}
+		return k.programNow()
+	}
+	sleep, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", other.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := program(pidfd); got != sleep {
+		t.Errorf("the daemon runs %s, got %s", sleep, got)
+	}
+	daemon, ended := start()
+	daemon.Process.Kill()
+	daemon.Wait()
+	if got := program(ended); got != installed {
+		t.Errorf("the daemon has ended: got %s", got)
+	}
+}
+
 // A live upgrade of the daemon keeps the link.
 func TestDaemonUpgrade(t *testing.T) {
 	h := newHost(t, nil)
