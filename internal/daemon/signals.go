@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/sigaction"
 )
 
 // signals are those that mean something to us. Each channel holds one: a signal that comes again before
@@ -54,8 +56,7 @@ var errReload = errors.New("the configuration is being read again")
 //	SIGTERM,  end the process at once, from here on until the next binary has its handlers: the Go run-time does not
 //	SIGQUIT   hold them back either, and to lose them would be worse
 //
-// All actions are set behind the back of the run-time: with [signal.Ignore] it would die of a signal whose handler has just begun on
-// another thread.
+// All actions are set behind the back of the run-time, see [sigaction].
 //
 // An error says that something has come that is to be worked off here.
 func (s *signals) prepareExec(ours bool) (undo func(), err error) {
@@ -76,26 +77,21 @@ func (s *signals) prepareExec(ours bool) (undo func(), err error) {
 	}
 	undone = append(undone, func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) })
 
-	actions := map[syscall.Signal]uint64{
-		syscall.SIGHUP: ignored, syscall.SIGTERM: byDefault, syscall.SIGQUIT: byDefault,
-	}
+	ignored := syscall.SIGUSR1
 	if ours {
-		actions[syscall.SIGINT] = ignored
-	} else {
-		actions[syscall.SIGUSR1] = ignored
+		ignored = syscall.SIGINT
 	}
-	for sig, action := range actions {
-		restore, err := setAction(sig, action)
+	for action, signals := range map[sigaction.Action][]syscall.Signal{
+		sigaction.Ignore: {syscall.SIGHUP, ignored}, sigaction.Default: {syscall.SIGTERM, syscall.SIGQUIT},
+	} {
+		restore, err := sigaction.Set(action, signals...)
 		if err != nil {
 			undo()
 			return nil, err
 		}
 		undone = append(undone, restore)
 	}
-	// Stop returns when what the kernel has delivered before that has arrived in the channels.
-	idle := make(chan os.Signal, 1)
-	signal.Notify(idle, syscall.SIGUSR2)
-	signal.Stop(idle)
+	sigaction.Arrived()
 	signal.Ignore(syscall.SIGUSR2)
 	switch {
 	case len(s.stop) > 0:
@@ -112,32 +108,6 @@ func (s *signals) prepareExec(ours bool) (undo func(), err error) {
 	}
 	return undo, nil
 }
-
-// Actions of the kernel: SIG_DFL and SIG_IGN.
-const (
-	byDefault = 0
-	ignored   = 1
-)
-
-// setAction gives a signal an action behind the back of the run-time. undo gives the old one back.
-func setAction(sig syscall.Signal, action uint64) (undo func(), err error) {
-	// struct sigaction of the kernel. Its first member is the action, everywhere but on MIPS; no architecture's is larger.
-	act, old := [8]uint64{action}, [8]uint64{}
-	set := func(act, old *[8]uint64) error {
-		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(act)), uintptr(unsafe.Pointer(old)), kernelSigset, 0, 0)
-		if errno != 0 {
-			return os.NewSyscallError("rt_sigaction", errno)
-		}
-		return nil
-	}
-	if err := set(&act, &old); err != nil {
-		return nil, err
-	}
-	return func() { _ = set(&old, nil) }, nil
-}
-
-// kernelSigset is the size of the kernel's signal set, in bytes: 64 signals everywhere but on MIPS, which has no KVM hosts.
-const kernelSigset = 8
 
 // release gives the signals their default actions back.
 func (*signals) release() { signal.Reset() }

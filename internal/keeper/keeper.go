@@ -30,6 +30,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/poll"
+	"virtlockd/internal/sigaction"
 	"virtlockd/internal/systemd"
 )
 
@@ -56,7 +57,7 @@ const (
 const exitPanic = 2
 
 // forwarded are the signals that mean something to the daemon. All others but the deadly ones are nothing to a Go program.
-var forwarded = []os.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGUSR1, unix.SIGTERM}
+var forwarded = []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGUSR1, unix.SIGTERM}
 
 // stopSignals, as a set like state.pending, ask for the end.
 const stopSignals = 1<<unix.SIGINT | 1<<unix.SIGQUIT | 1<<unix.SIGTERM
@@ -106,7 +107,7 @@ type keeper struct {
 	// The signals that came, a byte each, on their way from a goroutine of their own.
 	signals, signalsIn int
 	came               chan os.Signal
-	caught             chan struct{} // closed when the goroutine has ended
+	caught             chan struct{} // answers a marker in came
 }
 
 // stateArgument returns the descriptor that follows arg on our command line, if we were started as a keeper.
@@ -339,21 +340,24 @@ func (k *keeper) catch() error {
 		return fmt.Errorf("catch signals: %w", os.NewSyscallError("pipe2", err))
 	}
 	k.signals, k.signalsIn = pipe[0], pipe[1]
-	k.listen()
-	return nil
-}
-
-func (k *keeper) listen() {
-	came, caught := make(chan os.Signal, 16), make(chan struct{})
-	k.came, k.caught = came, caught
-	signal.Notify(came, forwarded...)
+	k.came, k.caught = make(chan os.Signal, 16), make(chan struct{})
+	for _, sig := range forwarded {
+		signal.Notify(k.came, sig)
+	}
 	go func() {
-		defer close(caught)
-		for s := range came {
+		for s := range k.came {
+			if s == marker {
+				k.caught <- struct{}{}
+				continue
+			}
 			unix.Write(k.signalsIn, []byte{byte(s.(syscall.Signal))})
 		}
 	}()
+	return nil
 }
+
+// marker is no signal. Behind the last one it tells when that was written.
+const marker = syscall.Signal(0)
 
 // takeSignals takes note of the signals that came.
 func (k *keeper) takeSignals() {
@@ -400,18 +404,18 @@ func (k *keeper) programNow() string {
 // goOn runs the installed binary in our place, with everything that we have. It returns if that didn't work, and then everything is as
 // it was.
 //
-// A signal to be forwarded that comes between here and the new keeper's listen, a millisecond or two, is lost: it is ignored until the
+// A signal to be forwarded that comes between here and the new keeper's catch, a millisecond or two, is lost: it is ignored until the
 // run-time of the new program installs its handlers, whatever is set here, and deadly from then on. The run-time lets none of those that ask for the end
 // be held back over exec. Whoever waits for a barrier behind its wish for another binary does not get there.
 func (k *keeper) goOn() {
-	signal.Ignore(forwarded...)
-	// Stop returns when all that came before has arrived in the channels.
-	idle := make(chan os.Signal, 1)
-	signal.Notify(idle, unix.SIGUSR2)
-	signal.Stop(idle)
-	close(k.came)
+	restore, err := sigaction.Set(sigaction.Ignore, forwarded...)
+	if err != nil {
+		return // the kernel knows them all
+	}
+	defer restore()
+	sigaction.Arrived()
+	k.came <- marker
 	<-k.caught
 	k.takeSignals()
 	_ = k.become(k.programNow())
-	k.listen()
 }

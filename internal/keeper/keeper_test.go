@@ -10,7 +10,9 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -344,23 +346,25 @@ func TestStopBetween(t *testing.T) {
 }
 
 // copyProgram makes a program of our own, so that it can be replaced.
-func copyProgram(t *testing.T, h *host) string {
+func copyProgram(t *testing.T, dir string) string {
 	data, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(h.dir, "keeper-test-program")
+	path := filepath.Join(dir, "keeper-test-program")
 	if err := os.WriteFile(path, data, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	h.cmd.Path = path
 	return path
 }
 
 // The keeper goes on as the installed binary with everything that it has, or as it was.
 func TestReexec(t *testing.T) {
 	var program string
-	h := newHost(t, func(h *host) { program = copyProgram(t, h) })
+	h := newHost(t, func(h *host) {
+		program = copyProgram(t, h.dir)
+		h.cmd.Path = program
+	})
 	d := h.next()
 	d.tell("store a %s", h.dir+"/a")
 	d.say("READY=1")
@@ -423,6 +427,54 @@ func TestReexec(t *testing.T) {
 	d.exit(0)
 	if got := h.exit(); got != 0 {
 		t.Errorf("exit code %d", got)
+	}
+}
+
+// Signals that come while the keeper goes on as another program, or would and can't, do not end it. The first time counts: afterwards
+// the run-time knows them as ignored.
+func TestSignalsDuringReexec(t *testing.T) {
+	// One copy, before anything runs: a file that a child has open for writing, for an instant, can't be executed.
+	original := copyProgram(t, t.TempDir())
+	for i := range 100 {
+		t.Run(strconv.Itoa(i), func(t *testing.T) {
+			var program string
+			h := newHost(t, func(h *host) {
+				program = filepath.Join(h.dir, filepath.Base(original))
+				if err := os.Link(original, program); err != nil {
+					t.Fatal(err)
+				}
+				h.cmd.Path = program
+			})
+			d := h.next()
+			d.tell("store a %s", h.dir+"/a")
+			d.say("READY=1")
+			if i%2 == 1 {
+				if err := os.Rename(program, program+".old"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			stop := make(chan struct{})
+			var storm sync.WaitGroup
+			storm.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+						unix.Kill(d.Keeper, unix.SIGUSR1) // the daemon takes no notice of it
+					}
+				}
+			})
+			d.tell("reexec")
+			close(stop)
+			storm.Wait()
+			// And then they are forwarded as ever.
+			unix.Kill(d.Keeper, unix.SIGHUP)
+			next := h.next()
+			if next.Died != "killed by signal 1 (SIGHUP)" || next.Keeper != d.Keeper || fmt.Sprint(next.Names) != "[a]" {
+				t.Errorf("%+v", next.hello)
+			}
+		})
 	}
 }
 
