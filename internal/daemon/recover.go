@@ -13,6 +13,7 @@ import (
 
 	"virtlockd/internal/events"
 	"virtlockd/internal/filelock"
+	"virtlockd/internal/owner"
 	"virtlockd/internal/poll"
 	"virtlockd/internal/rpc"
 	"virtlockd/internal/state"
@@ -54,6 +55,7 @@ type dismissed struct {
 	fd     int
 	id     uint64
 	server string
+	self   int32 // the place in the snapshot of the owner that the peer is, or state.None
 }
 
 // recoverVault makes a snapshot of what is in the vault, as a live upgrade would have left it. Nothing in the vault is changed: a
@@ -280,7 +282,7 @@ func (r *recovery) client(f *vault.Found) error {
 		r.progress[c.ID] = progress
 	}
 	if !progress.Idle {
-		r.dismissed = append(r.dismissed, dismissed{f.Cell, fds[0], c.ID, name})
+		r.dismissed = append(r.dismissed, dismissed{f.Cell, fds[0], c.ID, name, c.Self})
 		return nil
 	}
 	server.Clients = append(server.Clients, c)
@@ -398,7 +400,10 @@ func (r *recovery) complete(spaces map[string]uint32) {
 //
 // Connections come last: that the request of one was not answered is what tells a process that comes after this one, should it die here,
 // to give up the hold.
-func (d *daemon) settleRecovery(r *recovery) {
+//
+// A peer that has hung up is seen to have done so before that: the process that died may have read the end of the stream, which looks as if it
+// had read a request, and done nothing about it. Whatever lies in a cell was never shut down by us.
+func (d *daemon) settleRecovery(r *recovery, owners []*owner.Owner) {
 	for _, u := range r.unsettled {
 		d.log.Info("recovery: a hold is given up", "lockspace", u.lockspace, "resource", u.name, "reason", u.why)
 		if u.worker != 0 {
@@ -410,6 +415,9 @@ func (d *daemon) settleRecovery(r *recovery) {
 		}
 	}
 	for _, c := range r.dismissed {
+		if c.self != state.None && poll.Now(c.fd, 0)&unix.POLLHUP != 0 {
+			d.locks.HungUp(owners[c.self])
+		}
 		d.log.Warn("recovery: a connection is closed, since its last request may not have been answered", "server", c.server, "client", c.id)
 		hangUp(r.vault, c.cell, c.fd)
 	}

@@ -175,7 +175,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	}
 	d.storeEverything()
 	if d.found != nil {
-		d.settleRecovery(d.found)
+		d.settleRecovery(d.found, owners)
 	}
 	d.settleStrays(strays)
 	// Now that every lock is there, requests may come that were read by the binary before us.

@@ -303,11 +303,18 @@ func (p *Program) Undo(c *rpc.Client) {
 // connection that we close is never taken for one.
 func (p *Program) Closed(c *rpc.Client, byPeer bool) {
 	s := c.Session.(*session)
-	if self := s.self.Load(); byPeer && self != nil && p.cfg.Table.Holds(self) {
-		p.cfg.Owners.HangUp(self)
-		p.cfg.Table.NoteOwner(self)
+	if self := s.self.Load(); byPeer && self != nil {
+		p.HungUp(self)
 	}
 	s.forget()
+}
+
+// HungUp says that an owner has closed the connection that he registered himself on: if he holds anything he is ended.
+func (p *Program) HungUp(o *owner.Owner) {
+	if p.cfg.Table.Holds(o) {
+		p.cfg.Owners.HangUp(o)
+		p.cfg.Table.NoteOwner(o)
+	}
 }
 
 // Guards returns whose locks end, with the guest, if the client hangs up: the owner that connected
