@@ -203,7 +203,8 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 	t.mu.Lock()
 	r.lock = lock
 	t.mu.Unlock()
-	var last *vault.Cell
+	last := r.cell
+	r.cell = nil
 	for i := range r.holders {
 		h := &r.holders[i]
 		if h.cell != nil {

@@ -71,7 +71,7 @@ type resource struct {
 	phase   phase
 	safe    bool // counted as such, see Table.safe
 	lock    *filelock.Lock
-	cell    *vault.Cell   // releasing: what the last hold was stored in, or nil
+	cell    *vault.Cell   // what a hold was stored in that has ended, if the lock's file lies there still; or nil. Releasing: of the last one
 	holders []hold        // one for each acquisition
 	settled chan struct{} // made by the first that waits for the end of a phase, closed then
 	alias   *resource     // next in Table.files: another name of the same file

@@ -86,16 +86,24 @@ func (h *hold) note() {
 // unstore takes a hold, which is no longer among r's, out of its cell. That of the last one goes with the lock.
 // t.mu is held; nothing here blocks.
 func (t *Table) unstore(r *resource, cell *vault.Cell) {
-	other := r.cell
-	if len(r.holders) > 0 {
-		other = r.holders[0].cell
-	} else if r.cell == nil {
+	if len(r.holders) == 0 && r.cell == nil {
 		r.cell = cell
 		return
 	}
-	if cell != nil && r.lock.Forget(cell, other) {
-		t.vault.Load().Return(cell)
+	if cell == nil {
+		return
 	}
+	other := r.cell
+	for i := 0; i < len(r.holders) && other == nil; i++ {
+		other = r.holders[i].cell
+	}
+	if r.lock.Forget(cell, other) {
+		t.vault.Load().Return(cell)
+		return
+	}
+	// The file lies nowhere else: none of the other holds could be stored. In a crash they would be lost, so the lock goes with this one.
+	cell.Word().Store(vault.Releasing)
+	r.cell = cell
 }
 
 // ended counts a hold that has ended, and takes it out of its cell. t.mu is held.
@@ -231,6 +239,9 @@ func (t *Table) LeaveVault() error {
 			for i := range r.holders {
 				t.nowStored(r, r.holders[i].cell, nil)
 				r.holders[i].cell = nil
+			}
+			if r.phase == held {
+				r.cell = nil
 			}
 		}
 	}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package killpoint
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/test/host"
+	"virtlockd/test/slowdisk"
+	"virtlockd/test/wire"
+)
+
+// A lock on a disk for worker processes is shared by one whose hold could not be stored, for lack of room, and by others, who give
+// theirs up: then no crash brings these back, and no cell is left.
+func TestUnstoredHolder(t *testing.T) {
+	t.Parallel()
+	const path = "/tmp/shared/x"
+	for name, tt := range map[string]struct {
+		others int  // who share it, and are stored
+		crash  bool // before the last but one of them, and the one who is not stored, give it up
+	}{
+		"one other": {1, false}, "one other, and a crash": {1, true}, "two others": {2, false}, "two others, and a crash": {2, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := startManaged(t)
+			slowdisk.Mount(t, m.Host, "/tmp/shared", slowdisk.Options{}).Add("x")
+			must(t, m.manager.Use(vaultName, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1) }))
+			var others []*wire.Conn
+			first, filler := m.Client(noOne+1), m.client()
+			for i := range tt.others {
+				others = append(others, m.Client(noOne+2+i))
+			}
+			fill := func(i int) string { return fmt.Sprint(host.Data, "/fill", i) }
+			unsafe := func() string { return tool(t, m.Host, nil, nil, "list", "--unsafe") }
+			n := 0
+			for ; !strings.Contains(unsafe(), "/fill"); n++ {
+				must(t, filler.Acquire("", fill(n), wire.Autocreate))
+			}
+			must(t, first.Acquire("", path, wire.Shared))
+			if !strings.Contains(unsafe(), path) {
+				t.Fatalf("there is room:\n%s", unsafe())
+			}
+			for i := range n {
+				must(t, filler.Release("", fill(i)))
+			}
+			for _, c := range others {
+				must(t, c.Acquire("", path, wire.Shared))
+			}
+			must(t, others[0].Release("", path))
+			if tt.crash {
+				m.kill()
+				m.Daemon = m.manager.Start(quiet)
+				must(t, m.bystand.Ping())
+			} else {
+				must(t, first.Release("", path))
+			}
+			for _, c := range others[1:] {
+				if m.Free(path, true) {
+					t.Error("the lock is lost")
+				}
+				must(t, c.Release("", path))
+			}
+			if !host.Eventually(func() bool { return m.Free(path, true) }) {
+				t.Errorf("the lock is held for nobody\n%s", tool(t, m.Host, nil, nil, "list"))
+			}
+			m.kill()
+			m.Daemon = m.manager.Start(quiet)
+			must(t, m.bystand.Ping())
+			if !m.Free(path, true) {
+				t.Error("the lock is held again")
+			}
+			m.holds("after all that")
+			m.end()
+		})
+	}
+}
