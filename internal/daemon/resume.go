@@ -732,6 +732,15 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 				v.Release(f.Cell) // its end comes with the last copy
 				continue
 			}
+			if f.HasPIDFD() && poll.Now(fds[0], 0)&unix.POLLHUP != 0 {
+				// The peer has hung up, and the binary before this one waited for the end of his request before it did anything about that.
+				details := owner.Details(f.Client.State.Owner)
+				if self, err := d.owners.Self(&details, fds[1]); err == nil { // else he has ended
+					d.locks.HungUp(self)
+					self.Release()
+				}
+				fds = fds[:1]
+			}
 			hangUp(v, f.Cell, fds[0])
 			for _, fd := range fds[1:] {
 				unix.Close(fd)

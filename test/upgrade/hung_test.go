@@ -135,6 +135,28 @@ func TestHungDisk(t *testing.T) {
 	}
 }
 
+// A guest whose request hangs on a disk, and who hangs up and goes on, is ended after a live upgrade, too.
+func TestHungGuestHangsUp(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	disk := slowdisk.Mount(t, m.Host, "/tmp/slow", slowdisk.Options{})
+	disk.Add("x")
+	g := m.Spawn(host.ProcessOptions{})
+	c := g.Dial(m.Daemon, "lock")
+	must(t, c.Register(wire.VM(g.PID())))
+	must(t, c.Acquire("", host.Data+"/guest", wire.Autocreate))
+	disk.Hang(slowdisk.Open)
+	must(t, c.Send(wire.Request(wire.ProcAcquire, 1, wire.ResourceArgs("", "/tmp/slow/x", 0))))
+	disk.AwaitHang(slowdisk.Open)
+	c.Close()
+	m.usr1()
+	eventually(t, "the end of the guest", g.Dead)
+	eventually(t, "the end of its lock", func() bool { return !m.Exists(host.Data + "/guest") })
+	disk.Resume(slowdisk.Open)
+	locks.check(m)
+}
+
 // The C daemon gets the files themselves, and a close of one asks its disk: while that does not answer, nothing is handed over, and
 // everybody is served.
 func TestDeadDiskToC(t *testing.T) {
