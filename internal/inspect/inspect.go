@@ -97,6 +97,7 @@ type Status struct {
 	Servers    []Server    `json:"servers"`
 	Workers    WorkerCount `json:"workers"`
 	Files      FileCount   `json:"files"`
+	Goroutines int         `json:"goroutines"` // 0: not known, as from an older daemon
 
 	// Calls are those in progress on files, the oldest first; there are CallCount, of which only some are here.
 	Calls     []Call `json:"calls"`

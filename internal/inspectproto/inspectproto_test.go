@@ -221,6 +221,28 @@ func TestDescriptors(t *testing.T) {
 	}
 }
 
+// It runs alone, since others start goroutines.
+func TestGoroutines(t *testing.T) {
+	f, c := newFixture(t), new(rpc.Client)
+	count := func() int {
+		var s inspect.Status
+		if err := call(c, f.reader, inspect.ProcStatus, nil, &s); err != nil {
+			t.Fatal(err)
+		}
+		return s.Goroutines
+	}
+	const n = 10
+	stop := make(chan struct{})
+	defer close(stop)
+	before := count()
+	for range n {
+		go func() { <-stop }()
+	}
+	if now := count(); before == 0 || now != before+n {
+		t.Errorf("%d more than %d are %d", n, before, now)
+	}
+}
+
 func TestCheckAndEvents(t *testing.T) {
 	t.Parallel()
 	f, c := newFixture(t), new(rpc.Client)

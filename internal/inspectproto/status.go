@@ -4,6 +4,7 @@ package inspectproto
 
 import (
 	"os"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,6 +28,7 @@ func (p *reader) status() *inspect.Status {
 	s.Lockspaces, s.Locks.Exclusive, s.Locks.Shared = p.cfg.Table.Counts()
 	s.Workers.All, s.Workers.Busy = p.cfg.Files.Workers()
 	s.Files = openFiles()
+	s.Goroutines = runtime.NumGoroutine()
 	for _, server := range p.cfg.Servers() {
 		s.Unstored += server.Unstored()
 		s.Servers = append(s.Servers, inspect.Server{

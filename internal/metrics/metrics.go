@@ -39,6 +39,8 @@ var (
 		"Files that the daemon's process has open.", nil, nil)
 	maxFiles = prometheus.NewDesc("virtlockd_open_files_max",
 		"How many files the daemon's process may have open; each client and each lock needs one.", nil, nil)
+	goroutines = prometheus.NewDesc("virtlockd_goroutines",
+		"Goroutines of the daemon's process; more and more of them are a fault of it.", nil, nil)
 	calls = prometheus.NewDesc("virtlockd_calls",
 		"Calls on files in progress.", nil, nil)
 	oldestCall = prometheus.NewDesc("virtlockd_call_oldest_seconds",
@@ -72,7 +74,7 @@ type Collector struct {
 // Describe implements prometheus.Collector.
 func (c *Collector) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{up, info, started, serving, upgrades, recoveries, crashSafe, locks, safeLocks, lockspaces,
-		clients, maxClients, openFiles, maxFiles, calls, oldestCall, workers, logDropped} {
+		clients, maxClients, openFiles, maxFiles, goroutines, calls, oldestCall, workers, logDropped} {
 		out <- d
 	}
 	for _, d := range happened {
@@ -115,6 +117,9 @@ func (c *Collector) Collect(out chan<- prometheus.Metric) {
 	if s.Files.Max > 0 { // else the daemon is older, or can't tell
 		gauge(openFiles, float64(s.Files.Open))
 		gauge(maxFiles, float64(s.Files.Max))
+	}
+	if s.Goroutines > 0 {
+		gauge(goroutines, float64(s.Goroutines))
 	}
 	gauge(calls, float64(s.CallCount))
 	oldest := 0.0

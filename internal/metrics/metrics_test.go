@@ -53,6 +53,17 @@ func TestCollector(t *testing.T) {
 	}
 }
 
+// An older daemon does not say how many goroutines it has.
+func TestGoroutines(t *testing.T) {
+	t.Parallel()
+	for n, want := range map[int]int{0: 0, 9: 1} {
+		got := gather(t, &Collector{Ask: func() (*inspect.Status, error) { return &inspect.Status{Goroutines: n}, nil }})
+		if got["virtlockd_goroutines"] != want {
+			t.Errorf("of %d goroutines the metric has %d values, want %d", n, got["virtlockd_goroutines"], want)
+		}
+	}
+}
+
 // An older daemon does not say how many files it may open: no alert is to divide by that.
 func TestFiles(t *testing.T) {
 	t.Parallel()

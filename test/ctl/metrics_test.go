@@ -95,6 +95,9 @@ func TestMetrics(t *testing.T) {
 			}
 		}
 	}
+	if n := value(exposition(t, want(t, h, ok, "metrics").out), "virtlockd_goroutines", ""); n < 2 {
+		t.Errorf("virtlockd_goroutines is %v", n)
+	}
 	// A file is replaced as a whole, and nothing else is left.
 	h.Must(func() error {
 		entries, err := os.ReadDir("/tmp")
