@@ -285,17 +285,26 @@ func (d *Daemon) Stop() int {
 
 // Kept returns the daemon that this one, a keeper, has started; 0 if there is none just now.
 func (d *Daemon) Kept() int {
-	// A child is that of the thread that made it.
-	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", d.PID()))
+	if children := Children(d.PID()); len(children) > 0 {
+		return children[0]
+	}
+	return 0
+}
+
+// Children returns the children of a process, zombies included.
+func Children(pid int) (pids []int) {
+	// A child is that of the thread that made it, which may have ended.
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, name := range threads {
 		b, _ := os.ReadFile(name)
 		for _, field := range strings.Fields(string(b)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				return pid
+			if child, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, child)
 			}
 		}
 	}
-	return 0
+	slices.Sort(pids)
+	return pids
 }
 
 // EndKept kills a keeper and its daemon, in an order in which neither starts the other again. It is for the end of a test.

@@ -304,11 +304,10 @@ func (m *machine) descriptors() int {
 	return len(entries)
 }
 
-func (m *machine) children() []string {
+// children are the daemon's: its workers, and a program that it asks for its version.
+func (m *machine) children() []int {
 	m.t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", m.process()))
-	must(m.t, err)
-	return strings.Fields(string(b))
+	return host.Children(m.process())
 }
 
 // Upgrades under full load lose no lock, no client and no request, with a vault and without one.
