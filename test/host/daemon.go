@@ -3,7 +3,6 @@
 package host
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -175,6 +174,7 @@ func program(socket string) uint32 {
 func (d *Daemon) TryDial(socket string) (*wire.Conn, error) {
 	path := d.h.Path(d.SocketPath(socket))
 	for end := time.Now().Add(Patience); ; time.Sleep(Poll) {
+		alive := d.Alive() // one that detaches itself serves when its parent has ended
 		c, err := wire.Dial(path, program(socket))
 		if err == nil {
 			return c, nil
@@ -182,7 +182,7 @@ func (d *Daemon) TryDial(socket string) (*wire.Conn, error) {
 		if !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, err
 		}
-		if !d.Alive() {
+		if !alive {
 			return nil, fmt.Errorf("daemon has ended (%s): %w", d.cmd.ProcessState, err)
 		}
 		if time.Now().After(end) {
@@ -245,12 +245,7 @@ func (d *Daemon) Signal(sig syscall.Signal) {
 func (d *Daemon) Pause() {
 	d.t.Helper()
 	d.Signal(syscall.SIGSTOP)
-	stopped := func() bool {
-		// The state is the first field after the name in parentheses.
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.PID()))
-		return err == nil && strings.HasPrefix(string(b[bytes.LastIndexByte(b, ')')+1:]), " T")
-	}
-	if !Eventually(stopped) {
+	if !Eventually(func() bool { return InState(d.PID(), 'T') }) {
 		d.t.Fatalf("daemon %d does not stop", d.PID())
 	}
 }
@@ -309,14 +304,13 @@ func Children(pid int) (pids []int) {
 
 // EndKept kills a keeper and its daemon, in an order in which neither starts the other again. It is for the end of a test.
 func (d *Daemon) EndKept() {
-	pid := d.Kept()
-	if pid > 0 {
-		_ = unix.Kill(pid, unix.SIGSTOP)
-	}
-	_ = d.cmd.Process.Kill()
-	if pid > 0 {
+	// Not the daemon, while the keeper is killed: when the parent of a process that is stopped ends, the kernel may continue that (setpgid(2)).
+	_ = d.cmd.Process.Signal(unix.SIGSTOP)
+	Eventually(func() bool { return InState(d.PID(), 'T') || !d.Alive() })
+	if pid := d.Kept(); pid > 0 {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
+	_ = d.cmd.Process.Kill()
 }
 
 // kill makes sure that the daemon is gone at the end of the test.

@@ -14,17 +14,20 @@ import (
 // connection is closed.
 func Settled(t testing.TB, pid int) {
 	t.Helper()
-	sleeps := func() bool {
-		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-		for _, name := range threads {
-			b, err := os.ReadFile(name)
-			if err == nil && !bytes.HasPrefix(b[bytes.LastIndexByte(b, ')')+1:], []byte(" S")) {
-				return false
-			}
-		}
-		return len(threads) > 0
-	}
-	if !Eventually(sleeps) {
+	if !Eventually(func() bool { return InState(pid, 'S') }) {
 		t.Fatalf("process %d is always busy", pid)
 	}
+}
+
+// InState tells whether all threads of a process are in a state: 'S', they sleep; 'T', they are stopped; 'Z', it has ended.
+func InState(pid int, state byte) bool {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	for _, name := range threads {
+		b, err := os.ReadFile(name)
+		// The state is the first field after the name in parentheses.
+		if err == nil && !bytes.HasPrefix(b[bytes.LastIndexByte(b, ')')+1:], []byte{' ', state}) {
+			return false
+		}
+	}
+	return len(threads) > 0
 }

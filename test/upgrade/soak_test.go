@@ -3,7 +3,6 @@
 package upgrade
 
 import (
-	"bytes"
 	"fmt"
 	"os"
 	"regexp"
@@ -68,12 +67,6 @@ func countsOf(pid int) (c counts, err error) {
 	}
 	c.threads = len(tasks)
 	return c, err
-}
-
-// isZombie tells whether a process has ended and nobody has waited for it.
-func isZombie(pid int) bool {
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	return strings.HasPrefix(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " Z")
 }
 
 // Paths of a soak: two disks for worker processes, of which one is made to hang.
@@ -245,7 +238,7 @@ func (m *soaked) atRest() (r rest) {
 		r = rest{workers: len(workers), goroutines: m.goroutines()}
 		for _, pid := range workers {
 			c, err := countsOf(pid)
-			if err != nil || isZombie(pid) {
+			if err != nil || host.InState(pid, 'Z') {
 				return false
 			}
 			r.largest.descriptors = max(r.largest.descriptors, c.descriptors)
