@@ -24,9 +24,9 @@ import (
 const moment = 300 * time.Millisecond
 
 // What an administrator sees and has set is the same afterwards.
-func TestCarriesSettings(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestCarriesSettings(t *testing.T) { bothForms(t, host.Ours(t), nil, carriesSettings) }
+
+func carriesSettings(t *testing.T, m *machine) {
 	a := admin.Admin{Host: m.Host, URI: admin.System}
 	m.Client(noOne)
 	m.Dial("lock").Close() // a number that is used up
@@ -66,6 +66,10 @@ func TestCarriesSettings(t *testing.T) {
 			t.Fatalf("-before +after:\n%s", gocmp.Diff(before, after))
 		}
 	}
+	m.crash()
+	if after := view(); after != before {
+		t.Errorf("after a crash: -before +after:\n%s", gocmp.Diff(before, after))
+	}
 	must(t, own.Ping())
 	if err := wire.AsError(restricted.Acquire("", host.Data+"/x", wire.Autocreate)); err == nil {
 		t.Error("a restricted client is not any more")
@@ -90,9 +94,9 @@ func TestCarriesSettings(t *testing.T) {
 }
 
 // A guest holds its locks by its own connection: its end is noticed after an upgrade as before, and so is a hang-up.
-func TestCarriesGuests(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestCarriesGuests(t *testing.T) { bothForms(t, host.Ours(t), nil, carriesGuests) }
+
+func carriesGuests(t *testing.T, m *machine) {
 	guest := func(name string, o host.ProcessOptions) (*host.Process, *wire.Conn, string) {
 		p := m.Spawn(o)
 		c := p.Dial(m.Daemon, "lock")
@@ -122,7 +126,7 @@ func TestCarriesGuests(t *testing.T) {
 	eventually(t, "SIGTERM for the stubborn one", func() bool {
 		return m.countLines("it is asked to end (SIGTERM)", fmt.Sprint("pid=", stubborn.PID())) == 1
 	})
-	m.Signal(syscall.SIGUSR1)
+	m.send(syscall.SIGUSR1)
 	hangsUpDuringConn.Close()
 	diesDuring.Kill()
 	m.usr1()
@@ -155,6 +159,7 @@ func TestCarriesGuests(t *testing.T) {
 	for range 3 {
 		m.usr1()
 	}
+	m.crash()
 	if host.Within(moment, stays.Dead) || m.Free(staysPath, true) {
 		t.Error("the guest that stays is dead or has lost its lock")
 	}
@@ -166,23 +171,31 @@ func TestCarriesGuests(t *testing.T) {
 }
 
 // The pid file stays locked and true: nobody can get it for an instant.
-func TestCarriesPIDFile(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestCarriesPIDFile(t *testing.T) { bothForms(t, host.Ours(t), nil, carriesPIDFile) }
+
+func carriesPIDFile(t *testing.T, m *machine) {
 	outside := m.startChecker(pidFile)
+	daemon := m.PID
+	if m.kept {
+		daemon = m.Kept
+	}
 	for range 5 {
 		m.usr1()
-		if got := m.ReadFile(pidFile); got != fmt.Sprint(m.PID()) {
-			t.Errorf("the pid file says %q, want %d", got, m.PID())
+		if got := m.ReadFile(pidFile); got != fmt.Sprint(daemon()) {
+			t.Errorf("the pid file says %q, want %d", got, daemon())
 		}
+	}
+	m.crash()
+	if got := m.ReadFile(pidFile); got != fmt.Sprint(daemon()) {
+		t.Errorf("the pid file says %q, want %d", got, daemon())
 	}
 	outside.Quiet()
 }
 
 // systemd is told in the right order.
-func TestNotifies(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestNotifies(t *testing.T) { bothForms(t, host.Ours(t), nil, notifies) }
+
+func notifies(t *testing.T, m *machine) {
 	for range 2 {
 		m.usr1()
 	}
@@ -282,8 +295,10 @@ func TestWorkingDirectoryIsGone(t *testing.T) {
 
 // A timeout that was set at run time goes on.
 func TestCarriesTimeout(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{Args: []string{"-t", "3600"}})
+	bothForms(t, host.Ours(t), []string{"-t", "3600"}, carriesTimeout)
+}
+
+func carriesTimeout(t *testing.T, m *machine) {
 	c := m.Client(noOne)
 	must(t, c.Acquire("", host.Data+"/x", wire.Autocreate))
 	control := m.Dial("admin")
@@ -292,6 +307,7 @@ func TestCarriesTimeout(t *testing.T) {
 	must(t, err)
 	must(t, reply.Err())
 	m.usr1()
+	m.crash()
 	control.Close()
 	c.Close()
 	if host.Within(1500*time.Millisecond, func() bool { return !m.Alive() }) {
@@ -307,9 +323,9 @@ func TestCarriesTimeout(t *testing.T) {
 
 // Settings made at run time that the C daemon has no place for do not keep it from taking over. The log says which are as configured
 // from then on; the others go on.
-func TestSettingsForC(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{Args: []string{"-t", "3600"}})
+func TestSettingsForC(t *testing.T) { bothForms(t, host.Ours(t), []string{"-t", "3600"}, settingsForC) }
+
+func settingsForC(t *testing.T, m *machine) {
 	a := admin.Admin{Host: m.Host, URI: admin.System}
 	run := func(args ...string) string {
 		r := a.Run(t, args...)

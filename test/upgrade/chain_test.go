@@ -49,9 +49,9 @@ func (m *machine) guest(name string, flags uint32) guest {
 
 // From the C daemon to ours and back, again and again: everybody keeps his locks, which are never free in between, and owners that
 // end are noticed by whoever is in charge.
-func TestChain(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.C(t), host.Options{})
+func TestChain(t *testing.T) { bothForms(t, host.C(t), nil, chain) }
+
+func chain(t *testing.T, m *machine) {
 	locks := m.hold()
 	var guests []guest
 	for i := range 6 {
@@ -104,6 +104,8 @@ func TestChain(t *testing.T) {
 			t.Errorf("hop %d: the shared disk is free, or exclusive", i)
 		}
 	}
+	m.crash()
+	locks.check(m)
 	outside.Quiet()
 	sharers[0].Kill()
 	sharers[1].Kill()
@@ -115,9 +117,9 @@ func TestChain(t *testing.T) {
 }
 
 // What the C daemon releases of what it got from us is free in the kernel.
-func TestReleaseByC(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestReleaseByC(t *testing.T) { bothForms(t, host.Ours(t), nil, releaseByC) }
+
+func releaseByC(t *testing.T, m *machine) {
 	disk := slowdisk.Mount(t, m.Host, "/tmp/slow", slowdisk.Options{})
 	disk.Add("remote")
 	locks := m.hold()
@@ -149,7 +151,7 @@ func TestReleaseByC(t *testing.T) {
 // open returns the links of descriptors that the daemon has open below a path.
 func (m *machine) open(below string) (found []string) {
 	m.t.Helper()
-	dir := fmt.Sprintf("/proc/%d/fd/", m.PID())
+	dir := fmt.Sprintf("/proc/%d/fd/", m.process())
 	entries, err := os.ReadDir(dir)
 	must(m.t, err)
 	for _, e := range entries {
@@ -207,40 +209,41 @@ func TestW05TwoOwners(t *testing.T) {
 		first, next uint32
 	}{{"exclusive", 0, 0}, {"shared, then exclusive", wire.Shared, 0}, {"exclusive, then shared", 0, wire.Shared}} {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			m := start(t, host.C(t), host.Options{})
-			a, b, third := host.Data+"/a", host.Data+"/b", host.Data+"/third"
-			m.touch(a)
-			m.Must(func() error { return errors.Join(os.Link(a, b), os.Link(a, third)) })
-			one, two := m.guestOn("one", a, tt.first), m.guestOn("two", b, tt.next)
-			m.hop(host.Ours(t))
-			m.says(" error : ", "two guests own one file", "one", "two", fmt.Sprint("pid=", one.PID()), fmt.Sprint("pid=", two.PID()))
-			if n := m.countLines(" error : "); n != 1 {
-				t.Errorf("%d errors, want 1", n)
-			}
-			other := m.owner(noOne, "other")
-			for _, path := range []string{a, b, third} {
-				refused(t, path, other.Acquire("", path, 0))
-				refused(t, path+", shared", other.Acquire("", path, wire.Shared))
-			}
-			if host.Within(moment, func() bool { return one.Dead() || two.Dead() }) {
-				t.Fatal("somebody was killed")
-			}
-			if tt.first == 0 && m.Free(a, false) {
-				t.Error("the file is free for sharers")
-			}
-			m.usr1() // they stay so
-			// When one has ended the other one still has it, alone.
-			one.Kill()
-			eventually(t, "release of the first", func() bool { return m.countLines("lock released: its owner has ended", a) == 1 })
-			if m.Free(a, true) || two.Dead() {
-				t.Error("the other one is dead or has lost the lock")
-			}
-			refused(t, "the name that is left", other.Acquire("", b, 0))
-			refused(t, "the name that was released", other.Acquire("", a, 0))
-			two.Kill()
-			eventually(t, "release of the second", func() bool { return m.Free(a, true) })
-			must(t, other.Acquire("", third, 0))
+			bothForms(t, host.C(t), nil, func(t *testing.T, m *machine) {
+				a, b, third := host.Data+"/a", host.Data+"/b", host.Data+"/third"
+				m.touch(a)
+				m.Must(func() error { return errors.Join(os.Link(a, b), os.Link(a, third)) })
+				one, two := m.guestOn("one", a, tt.first), m.guestOn("two", b, tt.next)
+				m.hop(host.Ours(t))
+				m.says(" error : ", "two guests own one file", "one", "two", fmt.Sprint("pid=", one.PID()), fmt.Sprint("pid=", two.PID()))
+				if n := m.countLines(" error : "); n != 1 {
+					t.Errorf("%d errors, want 1", n)
+				}
+				other := m.owner(noOne, "other")
+				for _, path := range []string{a, b, third} {
+					refused(t, path, other.Acquire("", path, 0))
+					refused(t, path+", shared", other.Acquire("", path, wire.Shared))
+				}
+				if host.Within(moment, func() bool { return one.Dead() || two.Dead() }) {
+					t.Fatal("somebody was killed")
+				}
+				if tt.first == 0 && m.Free(a, false) {
+					t.Error("the file is free for sharers")
+				}
+				m.usr1() // they stay so
+				m.crash()
+				// When one has ended the other one still has it, alone.
+				one.Kill()
+				eventually(t, "release of the first", func() bool { return m.countLines("lock released: its owner has ended", a) == 1 })
+				if m.Free(a, true) || two.Dead() {
+					t.Error("the other one is dead or has lost the lock")
+				}
+				refused(t, "the name that is left", other.Acquire("", b, 0))
+				refused(t, "the name that was released", other.Acquire("", a, 0))
+				two.Kill()
+				eventually(t, "release of the second", func() bool { return m.Free(a, true) })
+				must(t, other.Acquire("", third, 0))
+			})
 		})
 	}
 }
@@ -263,51 +266,51 @@ func TestW06LostLock(t *testing.T) {
 	t.Parallel()
 	for _, taken := range []bool{false, true} {
 		t.Run(fmt.Sprintf("taken %t", taken), func(t *testing.T) {
-			t.Parallel()
-			m := start(t, host.C(t), host.Options{})
-			a, alias := host.Data+"/a", host.Data+"/alias"
-			m.touch(a)
-			m.Must(func() error { return os.Link(a, alias) })
-			loser := m.guestOn("loser", a, 0)
-			must(t, m.owner(noOne, "x").Create("", alias))
-			if !m.Free(a, true) {
-				t.Fatal("the C daemon has not lost it")
-			}
-			var stranger *host.Process
-			if taken {
-				stranger = m.Spawn(host.ProcessOptions{})
-				stranger.Lock(a, "W", 0, 1)
-			}
-			m.hop(host.Ours(t))
-			if taken {
-				m.says(" error : ", "somebody else has it now", a, "loser", fmt.Sprint("pid=", loser.PID()), fmt.Sprint("other_pid=", stranger.PID()))
-			} else {
-				m.says(" error : ", "was taken again", a, "loser")
-				m.lost(a)
-			}
-			if host.Within(moment, func() bool { return m.countLines(" error : ") > 1 }) {
-				t.Error("it is told more than once")
-			}
-			other := m.owner(noOneElse, "other")
-			refused(t, "another owner", other.Acquire("", a, 0))
-			refused(t, "another name", other.Acquire("", alias, 0))
-			if taken {
-				stranger.Unlock()
-			}
-			eventually(t, "the loser has it", func() bool { return !m.Free(a, false) })
-			if host.Within(moment, loser.Dead) {
-				t.Fatal("it was killed")
-			}
-			loser.Kill()
-			eventually(t, "release", func() bool { return m.Free(a, true) })
+			bothForms(t, host.C(t), nil, func(t *testing.T, m *machine) {
+				a, alias := host.Data+"/a", host.Data+"/alias"
+				m.touch(a)
+				m.Must(func() error { return os.Link(a, alias) })
+				loser := m.guestOn("loser", a, 0)
+				must(t, m.owner(noOne, "x").Create("", alias))
+				if !m.Free(a, true) {
+					t.Fatal("the C daemon has not lost it")
+				}
+				var stranger *host.Process
+				if taken {
+					stranger = m.Spawn(host.ProcessOptions{})
+					stranger.Lock(a, "W", 0, 1)
+				}
+				m.hop(host.Ours(t))
+				if taken {
+					m.says(" error : ", "somebody else has it now", a, "loser", fmt.Sprint("pid=", loser.PID()), fmt.Sprint("other_pid=", stranger.PID()))
+				} else {
+					m.says(" error : ", "was taken again", a, "loser")
+					m.lost(a)
+				}
+				if host.Within(moment, func() bool { return m.countLines(" error : ") > 1 }) {
+					t.Error("it is told more than once")
+				}
+				other := m.owner(noOneElse, "other")
+				refused(t, "another owner", other.Acquire("", a, 0))
+				refused(t, "another name", other.Acquire("", alias, 0))
+				if taken {
+					stranger.Unlock()
+				}
+				eventually(t, "the loser has it", func() bool { return !m.Free(a, false) })
+				if host.Within(moment, loser.Dead) {
+					t.Fatal("it was killed")
+				}
+				loser.Kill()
+				eventually(t, "release", func() bool { return m.Free(a, true) })
+			})
 		})
 	}
 }
 
 // W8: the C daemon forgets one of two shared locks of an owner that has ended. It stays until somebody releases it, and the log says so.
-func TestW08LeakedLock(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.C(t), host.Options{})
+func TestW08LeakedLock(t *testing.T) { bothForms(t, host.C(t), nil, leakedLock) }
+
+func leakedLock(t *testing.T, m *machine) {
 	a := host.Data + "/a"
 	m.touch(a)
 	p := m.guestOn("gone", a, wire.Shared)
@@ -319,6 +322,7 @@ func TestW08LeakedLock(t *testing.T) {
 	}
 	m.hop(host.Ours(t))
 	m.says(" warning : ", "locks are held for a process that there is not", fmt.Sprint("pid=", p.PID()))
+	m.crash()
 	other := m.owner(noOne, "other")
 	refused(t, "another owner", other.Acquire("", a, 0))
 	must(t, m.owner(p.PID(), "gone").Release("", a))
@@ -326,9 +330,9 @@ func TestW08LeakedLock(t *testing.T) {
 }
 
 // A lock whose file was replaced or removed beneath it goes on.
-func TestReplacedFile(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.C(t), host.Options{})
+func TestReplacedFile(t *testing.T) { bothForms(t, host.C(t), nil, replacedFile) }
+
+func replacedFile(t *testing.T, m *machine) {
 	a := host.Data + "/a"
 	m.touch(a)
 	c := m.owner(noOne, "one")
@@ -342,6 +346,10 @@ func TestReplacedFile(t *testing.T) {
 		}
 		refused(t, "the same name", m.owner(noOneElse, "other").Acquire("", a, 0))
 	}
+	m.crash()
+	if m.Free(host.Data+"/old", true) || !m.Free(a, true) {
+		t.Error("after a crash the lock is on another file")
+	}
 	if n := m.countLines(" error : ", "live upgrade"); n > 0 {
 		t.Errorf("errors: %s", last(m.Stderr(), "live upgrade"))
 	}
@@ -352,9 +360,9 @@ func TestReplacedFile(t *testing.T) {
 }
 
 // The C daemon reads no more than 10 MiB of state: what is more is not handed to it, but to ours.
-func TestTooBigForC(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestTooBigForC(t *testing.T) { bothForms(t, host.Ours(t), nil, tooBigForC) }
+
+func tooBigForC(t *testing.T, m *machine) {
 	dir := host.Data + strings.Repeat("/"+strings.Repeat("d", 200), 18)
 	m.Must(func() error { return os.MkdirAll(dir, 0o755) })
 	c := m.owner(noOne, "one")
@@ -371,6 +379,7 @@ func TestTooBigForC(t *testing.T) {
 		}
 	}
 	m.hop(host.Ours(t))
+	m.crash()
 	for i := range locks {
 		if m.Free(name(i), true) {
 			t.Fatalf("lock %d is free", i)
@@ -384,11 +393,11 @@ func TestTooBigForC(t *testing.T) {
 }
 
 // The C daemon gets as many descriptors as we may have, not as many as we were started with.
-func TestFileLimitForC(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestFileLimitForC(t *testing.T) { bothForms(t, host.Ours(t), nil, fileLimitForC) }
+
+func fileLimitForC(t *testing.T, m *machine) {
 	limit := func() (l unix.Rlimit) {
-		must(t, unix.Prlimit(m.PID(), unix.RLIMIT_NOFILE, nil, &l))
+		must(t, unix.Prlimit(m.process(), unix.RLIMIT_NOFILE, nil, &l))
 		return l
 	}
 	l := limit()
@@ -397,7 +406,7 @@ func TestFileLimitForC(t *testing.T) {
 		must(t, c.Acquire("", fmt.Sprint(host.Data, "/", i), wire.Autocreate))
 	}
 	l.Cur = 100
-	must(t, unix.Prlimit(m.PID(), unix.RLIMIT_NOFILE, &l, nil))
+	must(t, unix.Prlimit(m.process(), unix.RLIMIT_NOFILE, &l, nil))
 	for _, binary := range []string{host.C(t), host.Ours(t), host.Ours(t), host.C(t)} {
 		m.hop(binary)
 		if now := limit(); now.Cur != l.Max {
@@ -411,9 +420,9 @@ func TestFileLimitForC(t *testing.T) {
 }
 
 // The C daemon can't be given half a message. If the other half comes soon the upgrade waits for it, else that connection ends.
-func TestHalfRequestForC(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestHalfRequestForC(t *testing.T) { bothForms(t, host.Ours(t), nil, halfRequestForC) }
+
+func halfRequestForC(t *testing.T, m *machine) {
 	locks := m.hold()
 	frame := wire.Request(wire.ProcAcquire, 5, wire.ResourceArgs("", host.Data+"/half", wire.Autocreate))
 	soon, never := m.owner(noOne, "soon"), m.owner(noOneElse, "never")
@@ -423,7 +432,7 @@ func TestHalfRequestForC(t *testing.T) {
 	}
 	m.turn(host.C(t))
 	mark := m.mark()
-	m.Signal(syscall.SIGUSR1)
+	m.send(syscall.SIGUSR1)
 	time.Sleep(20 * time.Millisecond)
 	must(t, soon.Send(frame[30:]))
 	eventually(t, "upgrade", func() bool { return m.upgraded(mark) })
@@ -440,9 +449,9 @@ func TestHalfRequestForC(t *testing.T) {
 
 // The C daemon ends when it is to write or read a name that is not UTF-8. The name of a guest is made so; the name of a lock can't be
 // changed, so it is not handed over while such a one is held. Ours takes both.
-func TestOddNames(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestOddNames(t *testing.T) { bothForms(t, host.Ours(t), nil, oddNames) }
+
+func oddNames(t *testing.T, m *machine) {
 	g := m.guest("g\xff\xfe", wire.Autocreate)
 	odd, path := m.owner(noOne, "odd \x01\"\\\xc3"), host.Data+"/\xffdisk\n\""
 	must(t, odd.Acquire("", path, wire.Autocreate))
@@ -451,6 +460,8 @@ func TestOddNames(t *testing.T) {
 		refused(t, "a lock with an odd name", m.owner(noOneElse, "other").Acquire("", path, wire.Autocreate))
 		m.says("domain=other")
 	}
+	m.crash()
+	refused(t, "a lock with an odd name", m.owner(noOneElse, "other").Acquire("", path, wire.Autocreate))
 	m.turn(host.C(t))
 	m.fails("a name that JSON for the C daemon cannot hold")
 	m.hop(host.Ours(t))
@@ -471,14 +482,14 @@ func TestOddNames(t *testing.T) {
 
 // Whoever looks at the daemon's descriptors holds them for an instant, also those that exec has just closed. The C daemon must get the
 // lock on its pid file all the same, without which it would end.
-func TestWatched(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestWatched(t *testing.T) { bothForms(t, host.Ours(t), nil, watched) }
+
+func watched(t *testing.T, m *machine) {
 	locks := m.hold()
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
-		dir := fmt.Sprintf("/proc/%d/fd/", m.PID())
+		dir := fmt.Sprintf("/proc/%d/fd/", m.process())
 		for fd := 0; ; fd = (fd + 1) % 32 {
 			select {
 			case <-stop:

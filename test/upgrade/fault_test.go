@@ -117,7 +117,7 @@ var faults = []fault{
 		cure: func(m *machine) { m.Must(func() error { return os.Remove(stateFile) }) }},
 	{name: "configuration", said: "mend it and try again",
 		cause: func(_ *testing.T, m *machine) { m.WriteFile("/tmp/virtlockd.conf", "max_clients = \"many\"\n", 0o644) },
-		cure:  func(m *machine) { m.WriteFile("/tmp/virtlockd.conf", "", 0o644) }},
+		cure:  func(m *machine) { m.WriteFile("/tmp/virtlockd.conf", m.options.Config, 0o644) }},
 }
 
 // Whatever is wrong with the new binary or the place for the state: nothing has happened but a line in the log, and the next
@@ -126,73 +126,68 @@ func TestFaults(t *testing.T) {
 	t.Parallel()
 	for _, f := range faults {
 		t.Run(f.name, func(t *testing.T) {
-			t.Parallel()
-			m := start(t, host.Ours(t), host.Options{})
-			locks := m.hold()
-			unregistered := m.Dial("lock")
-			half := m.Client(noOneElse)
-			frame := wire.Request(wire.ProcAcquire, 7, wire.ResourceArgs("", host.Data+"/half", wire.Autocreate))
-			must(t, half.Send(frame[:20]))
-			outside := m.startChecker(locks.paths...)
-			f.cause(t, m)
-			if f.slow {
-				done := make(chan struct{})
-				go func() {
-					defer close(done)
-					m.fails(f.said)
-				}()
-				for slept := false; !slept; {
-					select {
-					case <-done:
-						slept = true
-					default:
-						must(t, unregistered.Ping())
-						time.Sleep(time.Millisecond)
+			bothForms(t, host.Ours(t), nil, func(t *testing.T, m *machine) {
+				locks := m.hold()
+				unregistered := m.Dial("lock")
+				half := m.Client(noOneElse)
+				frame := wire.Request(wire.ProcAcquire, 7, wire.ResourceArgs("", host.Data+"/half", wire.Autocreate))
+				must(t, half.Send(frame[:20]))
+				outside := m.startChecker(locks.paths...)
+				f.cause(t, m)
+				if f.slow {
+					done := make(chan struct{})
+					go func() {
+						defer close(done)
+						m.fails(f.said)
+					}()
+					for slept := false; !slept; {
+						select {
+						case <-done:
+							slept = true
+						default:
+							must(t, unregistered.Ping())
+							time.Sleep(time.Millisecond)
+						}
 					}
+				} else {
+					m.fails(f.said)
 				}
-			} else {
-				m.fails(f.said)
-			}
-			locks.check(m)
-			must(t, unregistered.Ping())
-			m.Client(noOneElse).Close()
-			if f.cure != nil {
-				f.cure(m)
-			}
-			if m.Exists(stateFile) || m.Exists(stateFile+".new") {
-				t.Error("a state file is left")
-			}
-			m.hop(host.Ours(t))
-			locks.check(m)
-			must(t, half.Send(frame[20:]))
-			reply, err := half.Recv()
-			must(t, err)
-			must(t, reply.Err())
-			must(t, half.Release("", host.Data+"/half"))
-			must(t, unregistered.Ping())
-			outside.Quiet()
-			if m.failures() != 1 {
-				t.Errorf("%d failures in the log\n%s", m.failures(), host.Shorten(m.Stderr()))
-			}
-			locks.release(m)
-			if code := m.Stop(); code != 0 {
-				t.Errorf("exit code %d", code)
-			}
+				locks.check(m)
+				must(t, unregistered.Ping())
+				m.Client(noOneElse).Close()
+				if f.cure != nil {
+					f.cure(m)
+				}
+				if m.Exists(stateFile) || m.Exists(stateFile+".new") {
+					t.Error("a state file is left")
+				}
+				m.hop(host.Ours(t))
+				locks.check(m)
+				must(t, half.Send(frame[20:]))
+				reply, err := half.Recv()
+				must(t, err)
+				must(t, reply.Err())
+				must(t, half.Release("", host.Data+"/half"))
+				must(t, unregistered.Ping())
+				m.crash()
+				locks.check(m)
+				must(t, unregistered.Ping())
+				outside.Quiet()
+				if m.failures() != 1 {
+					t.Errorf("%d failures in the log\n%s", m.failures(), host.Shorten(m.Stderr()))
+				}
+				locks.release(m)
+				if code := m.Stop(); code != 0 {
+					t.Errorf("exit code %d", code)
+				}
+			})
 		})
 	}
 }
 
 // Signals at any instant of a live upgrade neither end the daemon nor get lost.
 func TestSignalsDuringUpgrades(t *testing.T) {
-	t.Parallel()
-	t.Run("alone", func(t *testing.T) {
-		t.Parallel()
-		signalsDuringUpgrades(t, start(t, host.Ours(t), host.Options{}))
-	})
-	t.Run("with a keeper", func(t *testing.T) {
-		t.Parallel()
-		signalsDuringUpgrades(t, startKept(t))
-	})
+	bothForms(t, host.Ours(t), nil, signalsDuringUpgrades)
 }
 
 func signalsDuringUpgrades(t *testing.T, m *machine) {
@@ -234,12 +229,12 @@ func signalsDuringUpgrades(t *testing.T, m *machine) {
 
 // SIGUSR1 again and again, until the C daemon runs, does not end it before it catches that signal. After that it would be an upgrade of its
 // own, which can be deadly for it, so it gets none, but for one that may be late.
-func TestSignalsDuringHopToC(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestSignalsDuringHopToC(t *testing.T) { bothForms(t, host.Ours(t), nil, signalsDuringHopToC) }
+
+func signalsDuringHopToC(t *testing.T, m *machine) {
 	locks := m.hold()
 	outside := m.startChecker(locks.paths...)
-	exe, sent := fmt.Sprintf("/proc/%d/exe", m.PID()), 0
+	exe, sent := fmt.Sprintf("/proc/%d/exe", m.process()), 0
 	for round := range 10 {
 		m.turn(host.C(t))
 		mark := m.mark()
@@ -248,7 +243,7 @@ func TestSignalsDuringHopToC(t *testing.T) {
 				if now, err := os.Readlink(exe); err != nil || now == host.C(t) {
 					return true
 				}
-				m.Signal(syscall.SIGUSR1)
+				m.send(syscall.SIGUSR1)
 				sent++
 			}
 			return !m.Alive()
@@ -260,7 +255,7 @@ func TestSignalsDuringHopToC(t *testing.T) {
 			t.Fatalf("round %d: it has ended: %d", round, m.Wait())
 		}
 		m.isC = true
-		host.Settled(t, m.PID())
+		host.Settled(t, m.process())
 		must(t, locks.conn.Ping())
 		locks.check(m)
 		m.hop(host.Ours(t))
@@ -274,9 +269,9 @@ func TestSignalsDuringHopToC(t *testing.T) {
 
 // SIGHUP that comes before an upgrade has its effect. One that comes in the middle has the same effect as the upgrade, which reads the
 // configuration, too, but for the limits that are handed over.
-func TestReloadWithUpgrade(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestReloadWithUpgrade(t *testing.T) { bothForms(t, host.Ours(t), nil, reloadWithUpgrade) }
+
+func reloadWithUpgrade(t *testing.T, m *machine) {
 	admin := m.Dial("admin")
 	must(t, admin.AdminOpen())
 	for i := range 40 {
@@ -284,16 +279,16 @@ func TestReloadWithUpgrade(t *testing.T) {
 		m.WriteFile("/tmp/virtlockd.conf", "log_level = 2\nmax_clients = "+itoa(want)+"\n", 0o644)
 		mark := m.mark()
 		if i%2 == 0 {
-			m.Signal(syscall.SIGHUP)
-			m.Signal(syscall.SIGUSR1)
+			m.send(syscall.SIGHUP)
+			m.send(syscall.SIGUSR1)
 			eventually(t, "upgrade", func() bool { return m.upgraded(mark) })
 		} else {
-			m.Signal(syscall.SIGUSR1)
+			m.send(syscall.SIGUSR1)
 			time.Sleep(time.Duration(rand.IntN(8000)) * time.Microsecond)
-			m.Signal(syscall.SIGHUP)
+			m.send(syscall.SIGHUP)
 			eventually(t, "upgrade", func() bool { return m.upgraded(mark) })
 			must(t, admin.Ping())
-			m.Signal(syscall.SIGHUP)
+			m.send(syscall.SIGHUP)
 		}
 		if !host.Eventually(func() bool { return limit(t, admin) == want }) {
 			t.Fatalf("round %d: the limit is %d, want %d\n%s", i, limit(t, admin), want, host.Shorten(m.Stderr()))
@@ -382,16 +377,16 @@ func TestTermDuringKeptUpgrade(t *testing.T) {
 
 // A program that takes the place of the one that was just asked is asked, too: it may be the C daemon, which can't go on with what
 // was written for ours.
-func TestReplacedMeanwhile(t *testing.T) {
-	t.Parallel()
-	m := start(t, host.Ours(t), host.Options{})
+func TestReplacedMeanwhile(t *testing.T) { bothForms(t, host.Ours(t), nil, replacedMeanwhile) }
+
+func replacedMeanwhile(t *testing.T, m *machine) {
 	locks := m.hold()
 	outside := m.startChecker(locks.paths...)
 	// It answers as ours does, and is the C daemon afterwards.
 	m.WriteFile(bad, script(version+"rm "+bad+"; ln -s "+host.C(t)+" "+bad), 0o755)
 	m.turn(bad)
-	m.Signal(syscall.SIGUSR1)
-	exe := fmt.Sprintf("/proc/%d/exe", m.PID())
+	exe := fmt.Sprintf("/proc/%d/exe", m.process())
+	m.send(syscall.SIGUSR1)
 	eventually(t, "the C daemon has taken over", func() bool {
 		now, _ := os.Readlink(exe) // in the middle of an exec there is none
 		return now == host.C(t)

@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"testing"
 
+	"virtlockd/internal/inspectclient"
 	"virtlockd/test/checker"
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
@@ -120,6 +121,41 @@ func startOn(t testing.TB, h *host.Host, binary string, o host.Options) *machine
 	m.options = o
 	m.launch(binary)
 	return m
+}
+
+// bothForms runs a test in parallel with a daemon that nobody keeps anything for, and with one that has a keeper, and so a vault. Where it is to
+// begin as the C daemon, ours hands over to that first.
+func bothForms(t *testing.T, binary string, args []string, test func(t *testing.T, m *machine)) {
+	t.Parallel()
+	t.Run("alone", func(t *testing.T) {
+		t.Parallel()
+		test(t, start(t, binary, host.Options{Args: args}))
+	})
+	t.Run("with a keeper", func(t *testing.T) {
+		t.Parallel()
+		m := startKept(t, args...)
+		if binary != m.next {
+			m.hop(binary)
+		}
+		test(t, m)
+	})
+}
+
+// crash kills the daemon if it has a keeper, when all of its locks are stored, and waits for the next one.
+func (m *machine) crash() {
+	m.t.Helper()
+	if !m.kept {
+		return
+	}
+	c, err := inspectclient.Dial(m.t.Context(), m.Path(m.SocketPath("admin")), host.Patience)
+	must(m.t, err)
+	defer c.Close()
+	eventually(m.t, "all locks are stored", func() bool {
+		s, err := c.Status()
+		must(m.t, err)
+		return s.Locks.CrashSafe == s.Locks.Exclusive+s.Locks.Shared
+	})
+	m.killKept()
 }
 
 // again starts another daemon, with the same options, when the one before has ended.
