@@ -388,6 +388,35 @@ func TestVaultAfterFailedHandOver(t *testing.T) {
 	}
 }
 
+// If there is no memory for another vault then, the daemon says that nothing is safe, and goes on with all locks; the next live upgrade tries
+// again. A limit of the size of files is one of memory files, too.
+func TestNoVaultAfterFailedHandOver(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	outside := m.startChecker(locks.paths...)
+	daemon := m.pidOf()
+	var usual unix.Rlimit
+	must(t, unix.Prlimit(daemon, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 1 << 20, Max: unix.RLIM_INFINITY}, &usual))
+	program(script(`echo "virtlockd (libvirt) 9.0.0"; rm `+bad), 0o755)(t, m)
+	must(t, unix.Kill(daemon, unix.SIGUSR1))
+	m.says(" error : ", "no live upgrade", "cannot run")
+	m.says(" error : ", "locks are lost if this daemon crashes", "make a vault")
+	must(t, locks.conn.Acquire("", host.Data+"/more", wire.Autocreate))
+	must(t, locks.conn.Release("", host.Data+"/more"))
+	locks.check(m)
+	must(t, unix.Prlimit(daemon, unix.RLIMIT_FSIZE, &usual, nil))
+	m.hop(host.Ours(t))
+	m.crash()
+	must(t, locks.conn.Ping())
+	locks.check(m)
+	outside.Quiet()
+	locks.release(m)
+	if code := m.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
 // A keeper that can't be replaced at once is replaced later, and a live upgrade to the C daemon doesn't suffer from that.
 func TestKeeperReplacedLater(t *testing.T) {
 	t.Parallel()
