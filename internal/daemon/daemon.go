@@ -116,6 +116,9 @@ func Main(args []string) int {
 	if p.err == nil && !errors.Is(err, errHelp) && !errors.Is(err, errVersion) {
 		left = findLegacy(p)
 	}
+	if !left.served {
+		<-signals.caught // before anything is made that would be left behind
+	}
 	kept := left.served || vaultPassed()
 	switch {
 	case kept: // it was detached before, and its command line was good enough
@@ -751,6 +754,7 @@ func (d *daemon) serve() (code int, ended bool) {
 		}
 	}()
 
+	<-d.signals.caught
 	d.tellSystemd("READY=1")
 	d.waiting.report(exitOK, "")
 

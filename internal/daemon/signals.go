@@ -23,17 +23,25 @@ type signals struct {
 	reload  chan os.Signal // SIGHUP
 	upgrade chan os.Signal // SIGUSR1
 
-	reloading atomic.Bool // a SIGHUP was taken out of reload and is not worked off yet
+	caught    chan struct{} // closed when all are caught or ignored
+	reloading atomic.Bool   // a SIGHUP was taken out of reload and is not worked off yet
 }
 
-// catchSignals is called first of all, so that a signal during the start is neither lost nor deadly.
+// catchSignals is called first of all, so that a signal during the start is neither lost nor deadly. The run-time has a thread for
+// them, which is woken anew for each. After a live upgrade nobody waits for that: what is taken over can be left at any point, while
+// a new daemon makes nothing before it can undo it.
 func catchSignals() *signals {
-	s := &signals{stop: make(chan os.Signal, 1), reload: make(chan os.Signal, 1), upgrade: make(chan os.Signal, 1)}
-	s.catch()
-	// What a stray kill(1), a timer that we inherited or a closed pipe can send: none of them may
-	// cost a lock.
-	signal.Ignore(syscall.SIGPIPE, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGVTALRM, syscall.SIGIO,
-		syscall.SIGPWR, syscall.SIGXCPU, syscall.SIGXFSZ)
+	s := &signals{
+		stop: make(chan os.Signal, 1), reload: make(chan os.Signal, 1), upgrade: make(chan os.Signal, 1), caught: make(chan struct{}),
+	}
+	go func() {
+		defer close(s.caught)
+		s.catch()
+		// What a stray kill(1), a timer that we inherited or a closed pipe can send: none of them may
+		// cost a lock.
+		signal.Ignore(syscall.SIGPIPE, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGVTALRM, syscall.SIGIO,
+			syscall.SIGPWR, syscall.SIGXCPU, syscall.SIGXFSZ)
+	}()
 	return s
 }
 
@@ -91,8 +99,7 @@ func (s *signals) prepareExec(ours bool) (undo func(), err error) {
 		}
 		undone = append(undone, restore)
 	}
-	sigaction.Arrived()
-	signal.Ignore(syscall.SIGUSR2)
+	sigaction.Arrived(syscall.SIGTERM)
 	switch {
 	case len(s.stop) > 0:
 		err = errEnding

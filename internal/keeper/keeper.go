@@ -413,7 +413,7 @@ func (k *keeper) goOn() {
 		return // the kernel knows them all
 	}
 	defer restore()
-	sigaction.Arrived()
+	sigaction.Arrived(unix.SIGTERM)
 	k.came <- marker
 	<-k.caught
 	k.takeSignals()

@@ -57,10 +57,10 @@ func set(sig syscall.Signal, act, old *sigaction) error {
 	return nil
 }
 
-// Arrived returns when what the kernel has delivered before that has arrived in the channels of os/signal. SIGUSR2, which is used for
-// that, is afterwards as after [os/signal.Stop].
-func Arrived() {
+// Arrived returns when what the kernel has delivered before that has arrived in the channels of os/signal. It is given a signal that is
+// caught anyway: to catch another one, and to let it go, is for a thread that would have to be woken twice.
+func Arrived(caught syscall.Signal) {
 	idle := make(chan os.Signal, 1)
-	signal.Notify(idle, unix.SIGUSR2)
+	signal.Notify(idle, caught)
 	signal.Stop(idle) // waits for that
 }

@@ -53,13 +53,13 @@ func TestSet(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		Arrived()
+		Arrived(unix.SIGUSR1)
 		if len(came) != 1 {
 			t.Fatal("what came before has not arrived")
 		}
 		<-came
 		send()
-		Arrived()
+		Arrived(unix.SIGUSR1)
 		if len(came) != 0 || !ignored(t, unix.SIGUSR1) || !ignored(t, unix.SIGHUP) {
 			t.Fatal("it is not ignored")
 		}
