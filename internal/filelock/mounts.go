@@ -116,17 +116,13 @@ type mountTable struct {
 	known   uint64 // serial that points was read at
 }
 
+// newMountTable returns one that is read when it is first needed: after a live upgrade everybody waits.
 func newMountTable() (*mountTable, error) {
 	fd, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open /proc/self/mountinfo: %w; /proc must be mounted", err)
 	}
-	t := &mountTable{fd: fd, serial: 1}
-	if _, err := t.get(); err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return t, nil
+	return &mountTable{fd: fd, serial: 1}, nil
 }
 
 func (t *mountTable) close() {
