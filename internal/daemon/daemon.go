@@ -471,7 +471,7 @@ func (d *daemon) start(fault error) (err error) {
 	if passedErr != nil {
 		return &startError{exitNetwork, passedErr}
 	}
-	d.dismissStrays(findInherited())
+	d.dismissStrays(findInherited(tableSize()))
 	if d.sockets, err = openSockets(d.paths, passed); err != nil {
 		return err
 	}

@@ -19,9 +19,10 @@ import (
 // use it, each for descriptors of its own.
 type inheritance []bool
 
-// findInherited looks at every descriptor. It is called before any of those that were inherited is made close-on-exec.
-func findInherited() inheritance {
-	fds := make(inheritance, tableSize())
+// findInherited looks at every descriptor of a table of that size. It is called before any of those that were inherited is made
+// close-on-exec.
+func findInherited(size int) inheritance {
+	fds := make(inheritance, size)
 	for fd := systemd.FirstFD; fd < len(fds); fd++ {
 		// Neither this nor any other RawSyscall of a hand-over blocks; there are tens of thousands.
 		flags, _, errno := unix.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_GETFD, 0)

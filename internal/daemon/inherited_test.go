@@ -23,7 +23,7 @@ func TestInheritance(t *testing.T) {
 		t.Fatal(err)
 	}
 	unix.Close(closed)
-	set := findInherited()
+	set := findInherited(tableSize())
 	for fd, want := range map[int]bool{inherited: true, ours: false, closed: false, -1: false, 0: false, 1 << 30: false} {
 		if set.has(fd) != want {
 			t.Errorf("descriptor %d: %v", fd, !want)

@@ -55,13 +55,13 @@ func findLegacy(p paths) legacy {
 	if errors.Is(err, fs.ErrNotExist) {
 		return legacy{}
 	}
-	defer func() { go release() }() // it takes longer than to read the file did
+	defer func() { beside(len(data)/os.Getpagesize(), release) }() // for a large file that takes longer than to read it did
 	var l legacy
 	if err == nil {
-		var looked sync.WaitGroup
-		looked.Go(func() { l.inherited = findInherited() })
+		size := tableSize()
+		looked := beside(size, func() { l.inherited = findInherited(size) })
 		l.snapshot, l.problems, err = state.Decode(data, int32(os.Getpid()))
-		looked.Wait()
+		looked()
 		if err == nil && l.snapshot.Began != 0 && l.snapshot.Began != began() {
 			l.snapshot, l.problems = nil, nil
 			err = errors.New("it is of an earlier process that had the same process id")
@@ -157,11 +157,10 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	owners := d.adoptOwners(s)
 	take, heirs := d.inheritLocks(s)
 	// Independent of each other, and everybody waits for the slower one.
-	var locks, clients int
-	var both sync.WaitGroup
-	both.Go(func() { locks = d.adoptLocks(take, heirs, owners) })
-	both.Go(func() { clients = d.adoptClients(s, owners) })
-	both.Wait()
+	var locks int
+	entered := beside(len(heirs), func() { locks = d.adoptLocks(take, heirs, owners) })
+	clients := d.adoptClients(s, owners)
+	entered()
 	for i, o := range owners {
 		// One that was found dead while owners were taken over had no locks yet.
 		if o.Dead() || endedMeanwhile(s, &s.Owners[i], o) {
@@ -289,7 +288,7 @@ func ownSockets(p paths) bool {
 	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		return false
 	}
-	inherited := findInherited()
+	inherited := findInherited(tableSize())
 	for fd := range inherited {
 		if inherited.has(fd) && p.ofSocket(fd) != "" {
 			return true
@@ -516,8 +515,27 @@ func (d *daemon) adoptClients(s *state.Snapshot, owners []*owner.Owner) (n int) 
 	return n
 }
 
-// sideBySide calls do with parts of a list, each on a goroutine of its own.
+// worthwhile is for how many locks, clients, descriptors or pages it pays to work on several goroutines: to wake a thread takes some 50 us.
+const worthwhile = 250
+
+// beside calls do on a goroutine of its own if it or what goes on beside it is about n of them, and here if that is few. done returns
+// when do has.
+func beside(n int, do func()) (done func()) {
+	if n < worthwhile {
+		do()
+		return func() {}
+	}
+	var one sync.WaitGroup
+	one.Go(do)
+	return one.Wait
+}
+
+// sideBySide calls do with parts of a list, each on a goroutine of its own, or with a short one here.
 func sideBySide[T any](all []T, do func(part []T)) {
+	if len(all) < worthwhile {
+		do(all)
+		return
+	}
 	var parts sync.WaitGroup
 	for part := range slices.Chunk(all, len(all)/runtime.GOMAXPROCS(0)+1) {
 		parts.Go(func() { do(part) })

@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -414,9 +413,8 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()
 	}
 	d.safety.mu.Unlock()
-	var table sync.WaitGroup
-	table.Go(func() { s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place) }) // beside the clients: everybody waits
 	clients := d.lock.Clients()
+	listed := beside(len(clients), func() { s.Default, s.Lockspaces = d.table.Snapshot(d.owners.Place) })
 	s.Lock.Clients = make([]state.Client, 0, len(clients))
 	for _, c := range clients {
 		if !hung[c] {
@@ -430,7 +428,7 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 			s.Admin.Clients = append(s.Admin.Clients, c.Save())
 		}
 	}
-	table.Wait()
+	listed()
 	s.Owners = d.owners.Snapshot()
 	epfd, gen := d.poller.State()
 	s.Epoll = &state.Epoll{FD: int32(epfd), Generation: gen}
@@ -525,11 +523,10 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 	syscall.ForkLock.Lock()
 	defer syscall.ForkLock.Unlock()
 	fds := descriptors(s, next.reader)
-	var passing sync.WaitGroup
 	var notPassed error
-	passing.Go(func() { notPassed = inheritable(fds, true) }) // beside the writing: everybody waits
+	passed := beside(len(fds), func() { notPassed = inheritable(fds, true) })
 	defer func() {
-		passing.Wait()
+		passed()
 		err = errors.Join(err, inheritable(fds, false))
 	}()
 
@@ -560,7 +557,7 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 			return err
 		}
 	}
-	if passing.Wait(); notPassed != nil {
+	if passed(); notPassed != nil {
 		return notPassed
 	}
 	return d.execute(next)

@@ -42,7 +42,7 @@ func check(path string, data []byte) error {
 		return err
 	}
 	defer f.Close()
-	part := make([]byte, 256<<10) // everybody waits, and new memory takes longer than to read
+	part := make([]byte, min(256<<10, len(data)+1)) // everybody waits, and new memory takes longer than to read
 	for same := size == int64(len(data)); same; {
 		n, err := f.Read(part)
 		if err == io.EOF && len(data) == 0 {
