@@ -27,6 +27,7 @@ import (
 	"virtlockd/internal/cmdline"
 	"virtlockd/internal/conf"
 	"virtlockd/internal/events"
+	"virtlockd/internal/fdtable"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/keeper"
 	"virtlockd/internal/lockproto"
@@ -76,6 +77,9 @@ const (
 	serverTime = 2 * time.Second
 	// gcPercent makes the heap small: it is collected a little more often. GOGC and GOMEMLIMIT don't count.
 	gcPercent = 50
+	// usualFDs is for how many descriptors there is room from the start: those of some two hundred guests. A live upgrade looks at all of
+	// the table, so it is not larger.
+	usualFDs = 1 << 10
 	// lull is how long those who have waited for a live upgrade have the processors for themselves afterwards.
 	lull = 20 * time.Millisecond
 	// flushTime bounds the wait for log outputs that are slow to take the last lines.
@@ -471,7 +475,7 @@ func (d *daemon) start(fault error) (err error) {
 	if passedErr != nil {
 		return &startError{exitNetwork, passedErr}
 	}
-	d.dismissStrays(findInherited(tableSize()))
+	d.dismissStrays(findInherited(fdtable.Size()))
 	if d.sockets, err = openSockets(d.paths, passed); err != nil {
 		return err
 	}
@@ -729,6 +733,7 @@ func (d *daemon) serve() (code int, ended bool) {
 		}
 	}
 	var idle sync.WaitGroup
+	idle.Go(func() { fdtable.Reserve(usualFDs) })
 	idle.Go(func() { d.keepNote(ctx) })
 	idle.Go(func() { d.idle.run(ctx) })
 	idle.Go(func() {

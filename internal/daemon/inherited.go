@@ -3,13 +3,11 @@
 package daemon
 
 import (
-	"bytes"
 	"math"
-	"os"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/internal/fdtable"
 	"virtlockd/internal/state"
 	"virtlockd/internal/systemd"
 )
@@ -31,26 +29,6 @@ func findInherited(size int) inheritance {
 	return fds
 }
 
-// tableSize is the size of this process's table of descriptors, which no open one is beyond.
-func tableSize() int {
-	status, err := os.ReadFile("/proc/self/status")
-	if err == nil {
-		for line := range bytes.Lines(status) {
-			if size, ok := bytes.CutPrefix(line, []byte("FDSize:")); ok {
-				if n, err := strconv.Atoi(string(bytes.TrimSpace(size))); err == nil {
-					return n
-				}
-			}
-		}
-	}
-	// Without /proc more are looked at than there are.
-	var limit unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
-		return 0
-	}
-	return int(min(limit.Cur, math.MaxInt32))
-}
-
 // has tells whether a descriptor was inherited and is nobody's yet.
 func (fds inheritance) has(fd int) bool { return 0 <= fd && fd < len(fds) && fds[fd] }
 
@@ -63,7 +41,7 @@ func keepFromChildren() {
 	if unix.CloseRange(systemd.FirstFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) == nil {
 		return
 	}
-	for fd := range tableSize() { // before Linux 5.11
+	for fd := range fdtable.Size() { // before Linux 5.11
 		if fd >= systemd.FirstFD {
 			unix.CloseOnExec(fd)
 		}
@@ -72,7 +50,7 @@ func keepFromChildren() {
 
 // opened returns what there is to take over of a snapshot whose descriptors were opened here.
 func opened(s *state.Snapshot) inheritance {
-	fds := make(inheritance, tableSize())
+	fds := make(inheritance, fdtable.Size())
 	for _, fd := range descriptors(s, state.Ours) {
 		if int(fd) < len(fds) {
 			fds[fd] = true

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/fdtable"
 )
 
 // What is open and not close-on-exec was inherited; what is close-on-exec is ours.
@@ -23,7 +25,7 @@ func TestInheritance(t *testing.T) {
 		t.Fatal(err)
 	}
 	unix.Close(closed)
-	set := findInherited(tableSize())
+	set := findInherited(fdtable.Size())
 	for fd, want := range map[int]bool{inherited: true, ours: false, closed: false, -1: false, 0: false, 1 << 30: false} {
 		if set.has(fd) != want {
 			t.Errorf("descriptor %d: %v", fd, !want)

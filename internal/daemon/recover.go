@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtlockd/internal/events"
+	"virtlockd/internal/fdtable"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/poll"
@@ -127,8 +128,14 @@ func (d *daemon) recoverContents(v *vault.Vault, found []vault.Found) (*recovery
 		}
 	}
 	r.complete(spaces)
+	if !fdtable.Room(spare) {
+		return nil, fmt.Errorf("what a daemon that has ended has left leaves no room to serve, and its locks stay held until there is some: %w", vault.ErrTruncated)
+	}
 	return r, nil
 }
+
+// spare is how many descriptors a daemon needs beside those that it takes over, at least.
+const spare = 24
 
 // openVault opens the vault of those roots, and reads its records. There is one root; if there are more after all, the vault that was used
 // last is taken. nil: none holds anything.

@@ -22,6 +22,7 @@ import (
 
 	"virtlockd/internal/buildinfo"
 	"virtlockd/internal/events"
+	"virtlockd/internal/fdtable"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
@@ -58,7 +59,7 @@ func findLegacy(p paths) legacy {
 	defer func() { beside(len(data)/os.Getpagesize(), release) }() // for a large file that takes longer than to read it did
 	var l legacy
 	if err == nil {
-		size := tableSize()
+		size := fdtable.Size()
 		looked := beside(size, func() { l.inherited = findInherited(size) })
 		l.snapshot, l.problems, err = state.Decode(data, int32(os.Getpid()))
 		looked()
@@ -288,7 +289,7 @@ func ownSockets(p paths) bool {
 	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		return false
 	}
-	inherited := findInherited(tableSize())
+	inherited := findInherited(fdtable.Size())
 	for fd := range inherited {
 		if inherited.has(fd) && p.ofSocket(fd) != "" {
 			return true

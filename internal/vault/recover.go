@@ -8,6 +8,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/fdtable"
 )
 
 // Open opens the vault whose root was kept. The root's descriptor is the vault's from now on, if there is no
@@ -29,7 +31,7 @@ func Open(root int) (_ *Vault, err error) {
 	if len(messages) == 0 {
 		return nil, ErrEmpty
 	}
-	reserve(v.root.FD(), len(messages)*maxBatch*perCell)
+	fdtable.Reserve(len(messages) * maxBatch * perCell)
 	at := 0
 	for _, m := range messages {
 		if err := v.openBatch(m, at); err != nil {
@@ -50,19 +52,6 @@ func Open(root int) (_ *Vault, err error) {
 
 // perCell is how many descriptors a cell and what lies in it take.
 const perCell = 3
-
-// reserve makes the table of descriptors large enough for n of them in one step. Each time that the kernel makes it larger, which
-// is by two, all threads' readers have to be waited for (synchronize_rcu in the kernel's fs/file.c): ten milliseconds or more.
-func reserve(fd, n int) {
-	var limit unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil || limit.Cur == 0 {
-		return
-	}
-	last, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, int(min(uint64(n), limit.Cur-1)))
-	if err == nil { // else it grows as it is needed
-		unix.Close(last)
-	}
-}
 
 // openBatch opens what a message in the root has, which begins so many bytes behind the first one. Of two that name a cell
 // the later one counts: see shrink.
