@@ -316,6 +316,52 @@ func TestHungCallDelaysNobodyElse(t *testing.T) {
 	noWorkers(t)
 }
 
+// A call that hangs has a process, but no thread of this one, whose processors of the run-time are few.
+func TestHungCallsTakeNoThreads(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	g := newGated(t)
+	const calls = 24
+	f := newFiles(t, Config{MaxWorkersPerMount: calls})
+	threads := func() int {
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(tasks)
+	}
+	lock := func(i int) <-chan error {
+		return background(func() error {
+			l, err := f.Lock(fmt.Sprint(g.dir, "/disk", i), Exclusive, false, nil)
+			if err != nil {
+				return err
+			}
+			return l.Release(l.path, nil)
+		})
+	}
+	for i := range calls {
+		makeFile(t, fmt.Sprint(g.dir, "/disk", i), "")
+	}
+	g.want("ok", "hang", "open")
+	all := []<-chan error{lock(0)}
+	g.eventually("1", "waiting")
+	before := threads()
+	for i := 1; i < calls; i++ {
+		all = append(all, lock(i))
+	}
+	g.eventually(fmt.Sprint(calls), "waiting")
+	if now := threads(); now-before > calls/2 { // to start workers takes some
+		t.Errorf("%d threads with one call that hangs, %d with %d", before, now, calls)
+	}
+	g.want("ok", "free", "open")
+	for _, result := range all {
+		if err := <-result; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // More calls than places wait while the others come back.
 func TestBurstWaits(t *testing.T) {
 	if !apart(t) {

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -160,18 +159,6 @@ func receiveMessage(socket int, data, oob []byte) (n, oobn int, err error) {
 		n, oobn, _, _, err = unix.Recvmsg(socket, data, oob, unix.MSG_CMSG_CLOEXEC)
 		if err != unix.EINTR {
 			return n, oobn, err
-		}
-	}
-}
-
-// awaitMessage waits until there is a message, or the other end is gone, but no
-// longer than limit.
-func awaitMessage(socket int, limit time.Duration) {
-	fds := []unix.PollFd{{Fd: int32(socket), Events: unix.POLLIN}}
-	for end := time.Now().Add(limit); ; {
-		left := max(0, time.Until(end))
-		if _, err := unix.Poll(fds, int(left.Milliseconds())); err != unix.EINTR {
-			return
 		}
 	}
 }

@@ -62,7 +62,7 @@ type waiter struct {
 
 // worker is a worker process.
 type worker struct {
-	control int
+	control *control
 	pid     int
 	ready   bool // it has said so
 	idle    time.Time
@@ -98,11 +98,11 @@ func (p *pool) close() {
 		p.trim.Stop()
 	}
 	for w := range p.busy {
-		unix.Shutdown(w.control, unix.SHUT_RDWR)
+		w.control.shutdown()
 	}
 	p.mu.Unlock()
 	for _, w := range idle {
-		unix.Close(w.control)
+		w.control.close()
 	}
 	for _, w := range idle {
 		reap(w.pid)
@@ -113,6 +113,15 @@ func (p *pool) close() {
 // means that no worker did it, or none could report; any other error is what
 // became of the call itself.
 func (p *pool) call(o *op, mount string, w *worker, r request) (reply, error) {
+	if err := p.takePlace(o, mount, r.op == workRelease); err != nil {
+		return reply{}, err
+	}
+	defer p.freePlace(mount)
+	return p.callHere(o, mount, w, r)
+}
+
+// callHere is call for who has a place on mount.
+func (p *pool) callHere(o *op, mount string, w *worker, r request) (reply, error) {
 	answer, err := p.try(o, mount, w, r)
 	switch {
 	case err != nil:
@@ -124,12 +133,6 @@ func (p *pool) call(o *op, mount string, w *worker, r request) (reply, error) {
 }
 
 func (p *pool) try(o *op, mount string, w *worker, r request) (reply, error) {
-	p.files.waiting()
-	p.files.working(o, mount, 0)
-	if err := p.takePlace(mount, r.op == workRelease); err != nil {
-		return reply{}, err
-	}
-	defer p.freePlace(mount)
 	holder := w != nil
 	if holder {
 		p.mu.Lock()
@@ -181,13 +184,14 @@ func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 			r.busy.Store(vault.Busy(w.pid))
 		}
 	}
-	err := sendMessage(w.control, appendRequest(o.buf[:0], r), r.fds...)
+	buf := make([]byte, max(maxReply, requestHeader+len(r.record)+len(r.path)))
+	err := w.control.send(appendRequest(buf[:0], r), r.fds...)
 	for err == nil {
 		var n int
-		if n, _, err = receiveMessage(w.control, o.buf[:], nil); err != nil {
+		if n, err = w.control.receive(buf); err != nil {
 			break
 		}
-		answer, ok := parseReply(o.buf[:n])
+		answer, ok := parseReply(buf[:n])
 		if !ok {
 			break // it ended
 		}
@@ -205,7 +209,7 @@ func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 	switch {
 	case closed:
 		return reply{}, ErrClosed
-	case err == unix.ETOOMANYREFS:
+	case errors.Is(err, unix.ETOOMANYREFS):
 		return reply{errno: unix.ETOOMANYREFS, step: stepStore}, nil
 	case !begun:
 		return reply{}, errNotBegun
@@ -213,8 +217,19 @@ func (p *pool) ask(o *op, mount string, w *worker, r request) (reply, error) {
 	return reply{}, fmt.Errorf("worker process %d: %w", w.pid, errDied)
 }
 
-// takePlace takes a place on mount. A patient caller waits as long as it takes.
-func (p *pool) takePlace(mount string, patient bool) error {
+// takePlace takes a place on mount. A patient caller waits as long as it takes. An error is of type *Error.
+//
+// Hundreds may wait here at the same instant, so not much is to be made before, and little stack used.
+func (p *pool) takePlace(o *op, mount string, patient bool) error {
+	p.files.waiting()
+	p.files.working(o, mount, 0)
+	if err := p.awaitPlace(mount, patient); err != nil {
+		return &Error{Op: OpWorker, Err: err}
+	}
+	return nil
+}
+
+func (p *pool) awaitPlace(mount string, patient bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -331,7 +346,7 @@ func (p *pool) get() (*worker, error) {
 		return nil, ErrClosed
 	}
 	// Until it has said that it is ready; one that is long about it is waited for by its call alone.
-	awaitMessage(w.control, startTime)
+	w.control.await(startTime)
 	return w, nil
 }
 
@@ -401,7 +416,7 @@ func (p *pool) end(w *worker) {
 // down a descriptor that is somebody else's by then.
 func (p *pool) dispose(w *worker) {
 	delete(p.busy, w)
-	unix.Close(w.control)
+	w.control.close()
 	go reap(w.pid)
 }
 
@@ -442,5 +457,10 @@ func (p *pool) start() (*worker, error) {
 		unix.Close(pair[0])
 		return nil, fmt.Errorf("start a worker process, %s: %w", p.self, err)
 	}
-	return &worker{control: pair[0], pid: pid}, nil
+	control, err := newControl(pair[0])
+	if err != nil {
+		go reap(pid)
+		return nil, fmt.Errorf("use a worker's socket: %w", err)
+	}
+	return &worker{control: control, pid: pid}, nil
 }

@@ -15,12 +15,23 @@ import (
 // into a cell and never into the descriptor table of this process: its
 // close would ask the server, and could hang, at exec and exit too.
 func (l *Lock) lockRemote(o *op, mount, path string, create bool, record []byte) error {
+	pool := &l.files.pool
+	if err := pool.takePlace(o, mount, false); err != nil {
+		return wrap(OpWorker, l.path, err)
+	}
+	defer pool.freePlace(mount)
+	return l.lockThere(o, mount, path, create, record)
+}
+
+// lockThere is lockRemote for who has a place on mount.
+func (l *Lock) lockThere(o *op, mount, path string, create bool, record []byte) error {
+	pool := &l.files.pool
 	cell, err := vault.NewCell()
 	if err != nil {
 		return &Error{OpStore, l.path, fmt.Errorf("make a socket for the locked file: %w", err)}
 	}
 	r := request{op: workLock, mode: l.mode, create: create, record: record, path: path, fds: []int{cell.FD()}}
-	answer, err := l.files.pool.call(o, mount, nil, r)
+	answer, err := pool.callHere(o, mount, nil, r)
 	if err == nil {
 		l.files.complainAbout(l.path, answer.recordErrno)
 	}
@@ -39,7 +50,7 @@ func (l *Lock) lockRemote(o *op, mount, path string, create bool, record []byte)
 		if errors.Is(err, errDied) {
 			// It may have stored the file before. If this fails too, closing
 			// the cell gives the lock up.
-			_, _ = l.files.pool.call(o, mount, nil, request{op: workRelease, fds: []int{cell.FD()}})
+			_, _ = pool.callHere(o, mount, nil, request{op: workRelease, fds: []int{cell.FD()}})
 		}
 		err = wrap(OpWorker, l.path, err)
 	case stepOpen:

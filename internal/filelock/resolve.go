@@ -116,6 +116,7 @@ func (o *op) readLink(dir, name string) (target string, ok bool) {
 	if errno != 0 || info.mode&sticky == sticky {
 		return "", false
 	}
-	n, err := unix.Readlinkat(fd, name, o.buf[:])
+	o.room(pathMax + 2)
+	n, err := unix.Readlinkat(fd, name, o.buf)
 	return string(o.buf[:max(n, 0)]), err == nil && n > 0 && n < len(o.buf)
 }

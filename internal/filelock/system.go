@@ -27,8 +27,8 @@ type scratch struct {
 	stx  unix.Statx_t
 	st   unix.Stat_t
 	fl   unix.Flock_t
-	buf  [pathMax + 2]byte // a path with its NUL, or directory NUL name NUL
-	name *byte             // into buf: the last component
+	buf  []byte // a path with its NUL, or directory NUL name NUL
+	name *byte  // into buf: the last component
 }
 
 // fileInfo is what is of interest of a file's status.
@@ -54,16 +54,28 @@ func infoOfStat(st *unix.Stat_t) fileInfo {
 	return makeInfo(uint64(st.Dev), st.Ino, uint64(st.Rdev), uint64(st.Size), uint64(st.Nlink), st.Mode) // other widths on other architectures
 }
 
+// usualPath is room for nearly all paths, in bytes. Hundreds of calls may wait for a disk, each with its buffer.
+const usualPath = 256
+
+// room makes the buffer n bytes long, at least.
+func (s *scratch) room(n int) {
+	if len(s.buf) < n {
+		s.buf = make([]byte, max(n, usualPath))
+	}
+}
+
 // setPath puts path and a NUL into the buffer. The path is known to be
-// shorter than the buffer and without NUL.
+// no longer than pathMax and without NUL.
 func (s *scratch) setPath(path string) {
-	n := copy(s.buf[:], path)
+	s.room(len(path) + 1)
+	n := copy(s.buf, path)
 	s.buf[n] = 0
 }
 
 // split puts path into the buffer as directory and name. The path is tidy and
 // isn't the root.
 func (s *scratch) split(path string) {
+	s.room(len(path) + 2)
 	slash := len(path) - 1
 	for path[slash] != '/' {
 		slash--
@@ -72,7 +84,7 @@ func (s *scratch) split(path string) {
 	if slash == 0 {
 		s.buf[0] = '/'
 	} else {
-		n = copy(s.buf[:], path[:slash])
+		n = copy(s.buf, path[:slash])
 	}
 	s.buf[n] = 0
 	s.name = &s.buf[n+1]
