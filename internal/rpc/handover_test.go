@@ -42,7 +42,7 @@ func TestUndoBeyondBudget(t *testing.T) {
 	left := 1<<20 - int(b.kept.Load())
 	half := request(procEcho, 2, make([]byte, 100<<10))
 	p := b.dial()
-	p.send(append(request(procBig, 1, u32(uint32(taken+left-3000))), half[:7000]...))
+	p.send(append(request(procBig, 1, u32(uint32(taken+left-inputSize/2))), half[:inputSize]...))
 	b.lab.end(t, 10)
 	if n := b.lab.undos(); n != 1 {
 		t.Errorf("undone %d calls, want 1", n)

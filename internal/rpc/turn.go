@@ -27,8 +27,8 @@ const (
 )
 
 const (
-	inputSize  = 8 << 10  // enough for dozens of usual requests
-	outputSize = 4 << 10  // enough for nearly all replies
+	inputSize  = 2 << 10  // enough for a dozen of usual requests; hundreds of clients may wait for a disk, each with it
+	outputSize = 512      // enough for nearly all replies
 	outputKeep = 64 << 10 // a larger reply buffer is not kept for the next request
 )
 
