@@ -64,10 +64,10 @@ func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Own
 		self := owners[from.Self]
 		self.Retain()
 		s.self.Store(self)
-	case d.PID > 0 && d.PID == c.PID() && s.inOurs(c):
-		pidfd, err := c.PeerPIDFD()
-		if err != nil {
-			return fmt.Errorf("cannot watch the guest %q (pid %d) by its connection, client %d: %w", d.Name, d.PID, c.ID(), err)
+	case d.PID > 0 && d.PID == c.PID():
+		pidfd, ok := peerInOurs(c)
+		if !ok {
+			break
 		}
 		self, err := p.cfg.Owners.Self(&d, pidfd)
 		if err != nil {

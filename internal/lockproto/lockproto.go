@@ -9,8 +9,6 @@ import (
 	"log/slog"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-
 	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/rpc"
@@ -96,37 +94,6 @@ type session struct {
 	inherited  *state.Undo    // the same, of a call that the binary before this one executed
 }
 
-// namespace tells whether the numbers that a client sends are processes of our pid
-// namespace. It costs some system calls, so it is found out once, when it matters.
-type namespace uint8
-
-const (
-	unknown namespace = iota
-	ours
-	foreign
-)
-
-func (s *session) inOurs(c *rpc.Client) bool {
-	if s.namespace == unknown {
-		s.namespace = foreign
-		if peerInOurs(c) {
-			s.namespace = ours
-		}
-	}
-	return s.namespace == ours
-}
-
-// peerInOurs asks about the very process that connected: if it lives now, its number was not
-// another's a moment before.
-func peerInOurs(c *rpc.Client) bool {
-	pidfd, err := c.PeerPIDFD()
-	if err != nil {
-		return false
-	}
-	defer unix.Close(pidfd)
-	return owner.InOurPIDNamespace(c.PID()) && unix.PidfdSendSignal(pidfd, 0, nil, 0) == nil
-}
-
 func (s *session) request(c *rpc.Client, a *args) lockspace.Request {
 	return lockspace.Request{Lockspace: a.path, Resource: a.name, Flags: a.flags, Client: c}
 }
@@ -139,7 +106,10 @@ type Config struct {
 }
 
 // Program is an rpc.Program.
-type Program struct{ cfg Config }
+type Program struct {
+	cfg     Config
+	manager manager
+}
 
 var (
 	_ rpc.Program = (*Program)(nil)
@@ -198,14 +168,13 @@ func (p *Program) register(c *rpc.Client, s *session, a *args) error {
 		return errNotRegistered
 	}
 	var self *owner.Owner
-	// A number from another pid namespace is another process, even if it is the client's own here.
-	if a.owner.PID > 0 && a.owner.PID == c.PID() && s.inOurs(c) {
-		pidfd, err := c.PeerPIDFD()
-		if err != nil {
-			return err
-		}
-		if self, err = p.cfg.Owners.Self(&a.owner, pidfd); err != nil {
-			return err
+	if a.owner.PID > 0 && a.owner.PID == c.PID() {
+		// A number from another pid namespace is another process, even if it is the client's own here.
+		if pidfd, ok := peerInOurs(c); ok {
+			var err error
+			if self, err = p.cfg.Owners.Self(&a.owner, pidfd); err != nil {
+				return err
+			}
 		}
 	}
 	s.forget()
@@ -258,7 +227,7 @@ func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
 	req.Origin = vault.Origin{Client: c.ID(), Request: c.Request()}
 	req.Owner = s.self.Load()
 	if req.Owner == nil {
-		named, err := p.cfg.Owners.Named(s.owner, s.inOurs(c))
+		named, err := p.cfg.Owners.Named(s.owner, p.inOurs(c, s))
 		if err != nil {
 			return err
 		}
@@ -271,13 +240,13 @@ func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
 }
 
 func (p *Program) release(c *rpc.Client, s *session, a *args) error {
-	return p.cfg.Table.Release(s.request(c, a), s.owner.PID, s.speaksForOurs(c))
+	return p.cfg.Table.Release(s.request(c, a), s.owner.PID, p.speaksForOurs(c, s))
 }
 
 // speaksForOurs tells whether the client may give up locks of processes that we can see. It is
 // asked for a number that we know nothing of as well, so it costs nothing for the owner itself.
-func (s *session) speaksForOurs(c *rpc.Client) bool {
-	return s.self.Load() != nil || s.inOurs(c)
+func (p *Program) speaksForOurs(c *rpc.Client, s *session) bool {
+	return s.self.Load() != nil || p.inOurs(c, s)
 }
 
 // Undo implements rpc.Program: the client went away before it could hear of its lock, so nobody

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+package lockproto
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtlockd/test/wire"
+)
+
+// Who has spoken for others is known again at his later connections, as long as he lives, and nobody is taken for him.
+func TestManager(t *testing.T) {
+	b := newBench(t)
+	m := &b.program.manager
+	now := func() (pid int32, client uint64, pidfd int) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.pid, m.client, m.pidfd
+	}
+	var conns []*wire.Conn
+	for range 3 {
+		conns = append(conns, b.client(strangerPID))
+	}
+	clients := b.server.Clients()
+	if m.is(clients[2]) {
+		t.Error("somebody is the manager before anybody was")
+	}
+	b.must(conns[1].Acquire("", b.path("disk"), wire.Autocreate))
+	pid, client, first := now()
+	if pid != int32(os.Getpid()) || client != clients[1].ID() {
+		t.Errorf("the manager is process %d by client %d", pid, client)
+	}
+	for i, want := range []bool{false, false, true} { // earlier connections may be of a process that had the number before
+		if is := m.is(clients[i]); is != want {
+			t.Errorf("client %d is the manager: %v", i, is)
+		}
+	}
+	b.must(conns[2].Release("", b.path("disk")))
+	if _, _, later := now(); later != first {
+		t.Error("a later connection was asked about again")
+	}
+
+	another := manager{pid: pid + 1, pidfd: first, client: client}
+	if another.is(clients[2]) {
+		t.Error("another process is the manager")
+	}
+	dead := exec.Command("true")
+	b.must(dead.Start())
+	pidfd, err := unix.PidfdOpen(dead.Process.Pid, 0)
+	b.must(err)
+	b.must(dead.Wait())
+	m.met(clients[0], pidfd)
+	if m.is(clients[2]) {
+		t.Error("a process that has ended is the manager")
+	}
+	if _, err := unix.FcntlInt(uintptr(first), unix.F_GETFD, 0); err != unix.EBADF {
+		t.Errorf("the pidfd of the manager before is open: %v", err)
+	}
+}
