@@ -75,8 +75,9 @@ const (
 	stopTime = 5 * time.Second
 	// serverTime is how much of it clients get whose request is under way.
 	serverTime = 2 * time.Second
-	// gcPercent makes the heap small: it is collected a little more often. GOGC and GOMEMLIMIT don't count.
-	gcPercent = 50
+	// gcPercent is the run-time's own. With less there are more collections, each of which takes a processor from those who wait; with
+	// more the heap has holes afterwards that can't be given back. GOGC and GOMEMLIMIT don't count.
+	gcPercent = 100
 	// usualFDs is for how many descriptors there is room from the start: those of some two hundred guests. A live upgrade looks at all of
 	// the table, so it is not larger.
 	usualFDs = 1 << 10
