@@ -14,16 +14,23 @@ import (
 	"virtlockd/internal/vault"
 )
 
+// withVault has everything stored in a vault.
+func (f *fixture) withVault() *vault.Vault {
+	f.Helper()
+	v, err := vault.New()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(v.GiveUp)
+	f.SetVault(v)
+	return v
+}
+
 // What can't be stored is held all the same, and counted; what is stored is so until its release.
 func TestStored(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
-	v, err := vault.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer v.GiveUp()
-	f.SetVault(v)
+	v := f.withVault()
 	o := f.number()
 	defer o.Release()
 	// No message of a socket has room for such a name.
@@ -66,12 +73,7 @@ func TestStored(t *testing.T) {
 func TestNotedWhileStored(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
-	v, err := vault.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer v.GiveUp()
-	f.SetVault(v)
+	v := f.withVault()
 	cmd := exec.Command("/bin/sh", "-c", "trap '' TERM; echo ready; read x")
 	in, err := cmd.StdinPipe()
 	if err != nil {
