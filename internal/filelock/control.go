@@ -22,6 +22,9 @@ type control struct {
 func newControl(socket int) (*control, error) {
 	err := os.NewSyscallError("fcntl(O_NONBLOCK)", unix.SetNonblock(socket, true))
 	file := os.NewFile(uintptr(socket), "the control socket of a worker")
+	if err == nil { // the run-time does not say that its poller could not take it, but then there are no deadlines
+		err = file.SetReadDeadline(time.Time{})
+	}
 	if err == nil {
 		var raw syscall.RawConn
 		if raw, err = file.SyscallConn(); err == nil {
