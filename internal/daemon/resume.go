@@ -168,7 +168,6 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 			d.log.Info(d.cause+"a guest has ended meanwhile, its locks are released", "", o.Details())
 			d.table.ReleaseOwner(o)
 		}
-		o.Release()
 	}
 	if d.safety.vault == nil {
 		d.makeSafe()
@@ -178,6 +177,9 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		d.settleRecovery(d.found, owners)
 	}
 	d.settleStrays(strays)
+	for _, o := range owners {
+		o.Release()
+	}
 	// Now that every lock is there, requests may come that were read by the binary before us.
 	d.lock.Thaw()
 	d.admin.Thaw()
@@ -768,12 +770,51 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 			d.log.Error(d.cause+"something in the vault is not understood; it stays there", "cell", f.Cell.Index(), "error", f.Err)
 		case worker != 0:
 			returnAfter(v, f.Cell, worker)
+		case f.Hold != nil && f.Cell.Word().Load() == vault.Releasing:
+			d.settleReleased(v, f)
 		default:
 			d.log.Error(d.cause+"something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
 			if f.Hold != nil {
 				d.safety.orphans++
 			}
 		}
+	}
+}
+
+// settleReleased ends a hold that was being released: it waited for a place at its disk, or the file of a lock lies there that others hold,
+// who could not be stored.
+func (d *daemon) settleReleased(v *vault.Vault, f *vault.Found) {
+	h := f.Hold
+	switch others, last := d.table.LeftBehind(h.Lockspace, h.Name, f.Cell); {
+	case last: // it goes with the lock
+	case others, !h.File.Remote: // the lock is not in there alone, or was lost and replaced
+		returnAfter(v, f.Cell, 0)
+	default:
+		res := state.Resource{Path: h.Name, Flags: h.Flags}
+		if h.Lockspace != "" {
+			res.Path = h.Lockspace + "/" + h.Name
+		}
+		// A descriptor of its own, which is good also when the vault is given up meanwhile.
+		fd, err := unix.FcntlInt(uintptr(f.Cell.FD()), unix.F_DUPFD_CLOEXEC, 0)
+		var lock *filelock.Lock
+		if err == nil {
+			lock, err = d.files.Takeover(1).Ours(res.Path, fd, modeOf(&res), h.File)
+		}
+		if err != nil {
+			d.log.Error(d.cause+"a lock that was being released stays", "path", res.Path, "error", err)
+			d.safety.orphans++
+			return
+		}
+		lease := ""
+		if h.Flags&lockspace.AutoCreate != 0 {
+			lease = res.Path
+		}
+		go func() { // it may wait for the disk
+			if err := lock.Release(lease, f.Cell); err != nil {
+				d.log.Warn(d.cause+"a lock that was being released is, but its lease file could not be removed", "path", lease, "error", err)
+			}
+			v.Return(f.Cell)
+		}()
 	}
 }
 

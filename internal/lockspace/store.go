@@ -93,17 +93,39 @@ func (t *Table) unstore(r *resource, cell *vault.Cell) {
 	if cell == nil {
 		return
 	}
-	other := r.cell
-	for i := 0; i < len(r.holders) && other == nil; i++ {
-		other = r.holders[i].cell
-	}
-	if r.lock.Forget(cell, other) {
+	if r.lock.Forget(cell, r.stored()) {
 		t.vault.Load().Return(cell)
 		return
 	}
 	// The file lies nowhere else: none of the other holds could be stored. In a crash they would be lost, so the lock goes with this one.
 	cell.Word().Store(vault.Releasing)
 	r.cell = cell
+}
+
+// stored returns a cell that has the file of r's lock in it, nil if there is none.
+func (r *resource) stored() *vault.Cell {
+	cell := r.cell
+	for i := 0; i < len(r.holders) && cell == nil; i++ {
+		cell = r.holders[i].cell
+	}
+	return cell
+}
+
+// LeftBehind is about a cell whose hold has ended in the binary before this one. others says that somebody holds the resource, and last that
+// his lock's file lies nowhere else, see unstore: then the cell is the lock's, and goes with it.
+func (t *Table) LeftBehind(lockspace, name string, cell *vault.Cell) (others, last bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := t.lookup(lockspace, name)
+	if r == nil || r.lock == nil {
+		return false, false
+	}
+	last = r.lock.In(cell)
+	if last && r.phase == held { // else a worker process takes the file out of it just now
+		r.lock.LiesIn(cell)
+		r.cell = cell
+	}
+	return true, last
 }
 
 // ended counts a hold that has ended, and takes it out of its cell. t.mu is held.
@@ -216,20 +238,20 @@ func (t *Table) ReleaseAfter(lockspace, name string, cell uint32, wait func()) {
 // frozen, or not used yet. Files on disks that may hang are moved to cells of their own; if that is not possible, everything stays
 // as it was.
 func (t *Table) LeaveVault() error {
-	var left []*resource // that have left their cells, and would have to go back
+	left := map[*filelock.Lock]*vault.Cell{} // those that have left their cells, and would have to go back
 	for _, s := range t.spaces {
 		for _, r := range s.resources {
 			if r.lock == nil || !r.lock.Remote() {
 				continue
 			}
 			if err := r.lock.LeaveCell(); err != nil {
-				for _, moved := range left {
-					moved.lock.LiesIn(moved.holders[0].cell)
+				for lock, cell := range left {
+					lock.LiesIn(cell)
 				}
 				return err
 			}
-			if len(r.holders) > 0 && r.holders[0].cell != nil {
-				left = append(left, r)
+			if cell := r.stored(); cell != nil {
+				left[r.lock] = cell
 			}
 		}
 	}

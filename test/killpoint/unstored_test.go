@@ -79,3 +79,68 @@ func TestUnstoredHolder(t *testing.T) {
 		})
 	}
 }
+
+// One who shares a lock could not be stored, and the one in whose cell the file lies gives it up: after a live upgrade nothing of him is
+// left over, and after a crash nobody else is let in for his sake.
+func TestUnstoredHolderUpgraded(t *testing.T) {
+	t.Parallel()
+	const path = "/tmp/shared/x"
+	for name, room := range map[string]bool{"room": true, "no room": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := startManaged(t)
+			slowdisk.Mount(t, m.Host, "/tmp/shared", slowdisk.Options{}).Add("x")
+			must(t, m.manager.Use(vaultName, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1) }))
+			first, filler, other := m.Client(noOne+1), m.client(), m.Client(noOne+2)
+			fill := func(i int) string { return fmt.Sprint(host.Data, "/fill", i) }
+			unsafe := func() string { return tool(t, m.Host, nil, nil, "list", "--unsafe") }
+			n := 0
+			for ; !strings.Contains(unsafe(), "/fill"); n++ {
+				must(t, filler.Acquire("", fill(n), wire.Autocreate))
+			}
+			must(t, first.Acquire("", path, wire.Shared))
+			if !strings.Contains(unsafe(), path) {
+				t.Fatalf("there is room:\n%s", unsafe())
+			}
+			released := 1 // for the other
+			if room {
+				released = n
+			}
+			for i := range released {
+				must(t, filler.Release("", fill(i)))
+			}
+			must(t, other.Acquire("", path, wire.Shared))
+			must(t, other.Release("", path))
+			m.upgrade()
+			if strings.Contains(m.Stderr(), "belongs to nobody") {
+				t.Errorf("a stray:\n%s", host.Shorten(m.Stderr()))
+			}
+			if m.Free(path, true) {
+				t.Error("the lock is lost")
+			}
+			must(t, first.Release("", path))
+			if !host.Eventually(func() bool { return m.Free(path, true) }) {
+				t.Errorf("the lock is held for nobody\n%s", tool(t, m.Host, nil, nil, "list"))
+			}
+			for i := released; i < n; i++ {
+				must(t, filler.Release("", fill(i)))
+			}
+			must(t, other.Acquire("", path, 0))
+			m.kill()
+			m.Daemon = m.manager.Start(quiet)
+			must(t, m.bystand.Ping())
+			if m.Client(noOne+3).Acquire("", path, wire.Shared) == nil {
+				t.Error("an exclusive lock is shared after a crash")
+			}
+			if m.Free(path, true) {
+				t.Error("the exclusive lock is lost")
+			}
+			must(t, m.Client(noOne+2).Release("", path))
+			if !host.Eventually(func() bool { return m.Free(path, true) }) {
+				t.Errorf("the lock is held for nobody\n%s", tool(t, m.Host, nil, nil, "list"))
+			}
+			m.holds("after all that")
+			m.Stop()
+		})
+	}
+}

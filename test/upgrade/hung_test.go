@@ -157,6 +157,36 @@ func TestHungGuestHangsUp(t *testing.T) {
 	locks.check(m)
 }
 
+// A guest has ended, and the release of its lock waits for a place at a disk that does not answer: it is done after a live upgrade.
+func TestReleaseWaitsForPlace(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	disk := slowdisk.Mount(t, m.Host, "/tmp/slow", slowdisk.Options{})
+	disk.Add("x")
+	g := m.Spawn(host.ProcessOptions{})
+	c := g.Dial(m.Daemon, "lock")
+	must(t, c.Register(wire.VM(g.PID())))
+	must(t, c.Acquire("", "/tmp/slow/x", 0))
+	const places = 32 // at one mount
+	disk.Hang(slowdisk.Open)
+	for i := range places {
+		name := fmt.Sprint("y", i)
+		disk.Add(name)
+		must(t, m.Client(noOne).Send(wire.Request(wire.ProcAcquire, 1, wire.ResourceArgs("", "/tmp/slow/"+name, 0))))
+	}
+	eventually(t, "no place", func() bool { return disk.Waiting(slowdisk.Open) == places })
+	g.Kill()
+	eventually(t, "the hang-up", func() bool { return m.countLines("its owner has ended") > 0 })
+	m.usr1()
+	disk.Resume(slowdisk.Open)
+	eventually(t, "the end of the lock", func() bool { return m.Free("/tmp/slow/x", true) })
+	if n := m.countLines("belongs to nobody"); n != 0 {
+		t.Errorf("%d strays", n)
+	}
+	locks.check(m)
+}
+
 // The C daemon gets the files themselves, and a close of one asks its disk: while that does not answer, nothing is handed over, and
 // everybody is served.
 func TestDeadDiskToC(t *testing.T) {
