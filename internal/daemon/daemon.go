@@ -358,6 +358,7 @@ func (d *daemon) start(fault error) (err error) {
 		d.log.Warn("a command line argument that is no option means nothing and is ignored", "argument", arg)
 	}
 
+	<-d.signals.caught // a SIGHUP that comes from here on is not lost, and what the one before would read is read now
 	settings, err := d.configure()
 	if err = tolerate(err); err != nil {
 		return err
@@ -760,7 +761,6 @@ func (d *daemon) serve() (code int, ended bool) {
 		}
 	}()
 
-	<-d.signals.caught
 	d.tellSystemd("READY=1")
 	d.waiting.report(exitOK, "")
 

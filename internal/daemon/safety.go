@@ -290,12 +290,12 @@ func (d *daemon) mayLeaveVault() error {
 	v, store := s.vault, s.store
 	s.mu.Unlock()
 	switch {
-	case v == nil:
-		return nil
 	case s.another:
 		return errors.New("there is another vault, and the locks in it would be given up; see the log of the recovery")
 	case s.orphans > 0:
 		return fmt.Errorf("%d locks in the vault could not be taken over, and would be given up; see the log of the recovery or the upgrade before, or stop the service", s.orphans)
+	case v == nil:
+		return nil
 	case v.Unknown() > 0:
 		return fmt.Errorf("%d records in the vault are not understood, and the locks that they stand for would be given up; go on with the version that has written them, or stop the service", v.Unknown())
 	}

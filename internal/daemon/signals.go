@@ -28,8 +28,8 @@ type signals struct {
 }
 
 // catchSignals is called first of all, so that a signal during the start is neither lost nor deadly. The run-time has a thread for
-// them, which is woken anew for each. After a live upgrade nobody waits for that: what is taken over can be left at any point, while
-// a new daemon makes nothing before it can undo it.
+// them, which is woken anew for each. After a live upgrade nobody waits for that until the configuration is read: what is taken over can be
+// left at any point, while a new daemon makes nothing before it can undo it.
 func catchSignals() *signals {
 	s := &signals{
 		stop: make(chan os.Signal, 1), reload: make(chan os.Signal, 1), upgrade: make(chan os.Signal, 1), caught: make(chan struct{}),

@@ -46,8 +46,8 @@ func (p *Program) Describe(c *rpc.Client, into *vault.Client) {
 }
 
 // Restore gives a connection back what it had told us. owners are those of the snapshot, each
-// adopted. The C daemon keeps no proof of who a peer is: the kernel is asked again. If the answer is no, which the error
-// then says, the connection is as good as any other, but its end is not taken for the guest's.
+// adopted. The C daemon keeps no proof of who a peer is: the kernel is asked again. If the answer is no, or there is
+// none, which the error then says, the connection is as good as any other, but its end is not taken for the guest's.
 func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Owner) error {
 	s := &session{restricted: from.Restricted}
 	c.Session = s
@@ -65,11 +65,11 @@ func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Own
 		self.Retain()
 		s.self.Store(self)
 	case d.PID > 0 && d.PID == c.PID():
-		pidfd, ok := peerInOurs(c)
-		if !ok {
-			break
+		var self *owner.Owner
+		pidfd, err := peerInOurs(c)
+		if err == nil && pidfd >= 0 {
+			self, err = p.cfg.Owners.Self(&d, pidfd)
 		}
-		self, err := p.cfg.Owners.Self(&d, pidfd)
 		if err != nil {
 			return fmt.Errorf("cannot watch the guest %q (pid %d) by its connection, client %d: %w", d.Name, d.PID, c.ID(), err)
 		}

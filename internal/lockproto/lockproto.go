@@ -170,11 +170,12 @@ func (p *Program) register(c *rpc.Client, s *session, a *args) error {
 	var self *owner.Owner
 	if a.owner.PID > 0 && a.owner.PID == c.PID() {
 		// A number from another pid namespace is another process, even if it is the client's own here.
-		if pidfd, ok := peerInOurs(c); ok {
-			var err error
-			if self, err = p.cfg.Owners.Self(&a.owner, pidfd); err != nil {
-				return err
-			}
+		pidfd, err := peerInOurs(c)
+		if err == nil && pidfd >= 0 {
+			self, err = p.cfg.Owners.Self(&a.owner, pidfd)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	s.forget()
@@ -227,7 +228,11 @@ func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
 	req.Origin = vault.Origin{Client: c.ID(), Request: c.Request()}
 	req.Owner = s.self.Load()
 	if req.Owner == nil {
-		named, err := p.cfg.Owners.Named(s.owner, p.inOurs(c, s))
+		local, err := p.inOurs(c, s)
+		if err != nil {
+			return err
+		}
+		named, err := p.cfg.Owners.Named(s.owner, local)
 		if err != nil {
 			return err
 		}
@@ -240,13 +245,20 @@ func (p *Program) acquire(c *rpc.Client, s *session, a *args) error {
 }
 
 func (p *Program) release(c *rpc.Client, s *session, a *args) error {
-	return p.cfg.Table.Release(s.request(c, a), s.owner.PID, p.speaksForOurs(c, s))
+	local, err := p.speaksForOurs(c, s)
+	if err != nil {
+		return err
+	}
+	return p.cfg.Table.Release(s.request(c, a), s.owner.PID, local)
 }
 
 // speaksForOurs tells whether the client may give up locks of processes that we can see. It is
 // asked for a number that we know nothing of as well, so it costs nothing for the owner itself.
-func (p *Program) speaksForOurs(c *rpc.Client, s *session) bool {
-	return s.self.Load() != nil || p.inOurs(c, s)
+func (p *Program) speaksForOurs(c *rpc.Client, s *session) (bool, error) {
+	if s.self.Load() != nil {
+		return true, nil
+	}
+	return p.inOurs(c, s)
 }
 
 // Undo implements rpc.Program: the client went away before it could hear of its lock, so nobody

@@ -3,6 +3,7 @@
 package lockproto
 
 import (
+	"errors"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -22,32 +23,42 @@ const (
 	foreign
 )
 
-// inOurs finds out the namespace of a client that speaks for others.
-func (p *Program) inOurs(c *rpc.Client, s *session) bool {
+// inOurs finds out the namespace of a client that speaks for others. An error says that this was not possible.
+func (p *Program) inOurs(c *rpc.Client, s *session) (bool, error) {
+	if s.namespace == unknown && p.manager.is(c) {
+		s.namespace = ours
+	}
 	if s.namespace == unknown {
-		s.namespace = foreign
-		if p.manager.is(c) {
-			s.namespace = ours
-		} else if pidfd, ok := peerInOurs(c); ok {
+		pidfd, err := peerInOurs(c)
+		switch {
+		case err != nil:
+			return false, err
+		case pidfd < 0:
+			s.namespace = foreign
+		default:
 			s.namespace = ours
 			p.manager.met(c, pidfd)
 		}
 	}
-	return s.namespace == ours
+	return s.namespace == ours, nil
 }
 
 // peerInOurs asks about the very process that connected: if it lives now, its number was not
-// another's a moment before. The pidfd is the caller's.
-func peerInOurs(c *rpc.Client) (pidfd int, ok bool) {
-	pidfd, err := c.PeerPIDFD()
-	if err != nil {
-		return -1, false
-	}
-	if owner.InOurPIDNamespace(c.PID()) && unix.PidfdSendSignal(pidfd, 0, nil, 0) == nil {
-		return pidfd, true
+// another's a moment before. The pidfd is the caller's; -1: it is not in our namespace, or has ended.
+//
+// An error says that this can't be told now, for lack of descriptors above all. To take it for a stranger then would leave locks to it for ever.
+func peerInOurs(c *rpc.Client) (pidfd int, err error) {
+	pidfd, err = c.PeerPIDFD()
+	switch {
+	case errors.Is(err, rpc.ErrNoPeerPID), errors.Is(err, rpc.ErrPeerGone):
+		return -1, nil
+	case err != nil:
+		return -1, err
+	case owner.InOurPIDNamespace(c.PID()) && unix.PidfdSendSignal(pidfd, 0, nil, 0) == nil:
+		return pidfd, nil
 	}
 	unix.Close(pidfd)
-	return -1, false
+	return -1, nil
 }
 
 // manager is the process in our pid namespace that spoke for another one last: libvirtd, which makes a connection for each

@@ -6,11 +6,44 @@ import (
 	"os"
 	"os/exec"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"virtlockd/test/wire"
 )
+
+// Who asks while that can't be told is refused, and not taken for a stranger, whose guests' locks would never be given up.
+func TestCannotTellWhoAsks(t *testing.T) {
+	b := newBench(t)
+	guest := exec.Command("sleep", "1000")
+	b.must(guest.Start())
+	defer guest.Wait()
+	defer guest.Process.Kill()
+	c := b.client(guest.Process.Pid)
+	self := b.client(strangerPID)
+	var was unix.Rlimit
+	b.must(unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
+	next, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 0)
+	b.must(err)
+	unix.Close(next)
+	full := was
+	full.Cur = uint64(next) // no number is left
+	b.must(unix.Setrlimit(unix.RLIMIT_NOFILE, &full))
+	acquired := c.Acquire("", b.path("disk"), wire.Autocreate)
+	registered := self.Register(wire.VM(os.Getpid()))
+	b.must(unix.Setrlimit(unix.RLIMIT_NOFILE, &was))
+	if acquired == nil || registered == nil {
+		t.Errorf("acquired: %v, registered: %v", acquired, registered)
+	}
+	b.must(c.Acquire("", b.path("disk"), wire.Autocreate))
+	b.must(guest.Process.Kill())
+	for end := time.Now().Add(20 * time.Second); b.table.Held() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the lock of a guest that has ended is held")
+		}
+	}
+}
 
 // Who has spoken for others is known again at his later connections, as long as he lives, and nobody is taken for him.
 func TestManager(t *testing.T) {
