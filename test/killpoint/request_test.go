@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,7 +34,9 @@ func (s *stage) trace(before int) (pid int, trace *Trace) {
 		s.t.Fatalf("there is no daemon after process %d\n%s", before, host.Shorten(s.Stderr()))
 	}
 	must(s.t, s.bystand.Ping()) // it serves, and nothing of its start is counted
-	host.Settled(s.t, pid)      // and knows that the reply was sent
+	const confirmed = 50 * time.Millisecond
+	time.Sleep(confirmed)  // nor that it looks at all locks, 20 ms after its start; if it is late, it is not at rest:
+	host.Settled(s.t, pid) // and knows that the reply was sent
 	trace, err := Attach(pid)
 	must(s.t, err)
 	return pid, trace
