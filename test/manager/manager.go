@@ -245,8 +245,7 @@ func (m *Manager) Start(o host.Options) *host.Daemon {
 }
 
 // Launch starts a daemon, which can be connected to afterwards, or with o.NoWait not even that. NOFILE in its environment is how many
-// descriptors it may have, and PROGRAM
-// a path by which it is run, so that a test can put another program there.
+// descriptors it may have, and PROGRAM a path by which it is run, so that a test can put another program there.
 func (m *Manager) Launch(o host.Options) *host.Daemon {
 	m.t.Helper()
 	o = m.Options(o)
