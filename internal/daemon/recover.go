@@ -14,6 +14,7 @@ import (
 	"virtlockd/internal/events"
 	"virtlockd/internal/fdtable"
 	"virtlockd/internal/filelock"
+	"virtlockd/internal/lockspace"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/poll"
 	"virtlockd/internal/rpc"
@@ -325,11 +326,7 @@ func (r *recovery) hold(f *vault.Found) error {
 	key := resourceKey{h.Lockspace, h.Name}
 	res := r.resources[key]
 	if res == nil {
-		path := h.Name
-		if h.Lockspace != "" {
-			path = h.Lockspace + "/" + h.Name
-		}
-		res = &state.Resource{Name: h.Name, Path: path, FD: int32(f.Cell.FD()), Held: true, Flags: h.Flags, File: h.File}
+		res = &state.Resource{Name: h.Name, Path: lockspace.Path(h.Lockspace, h.Name), FD: int32(f.Cell.FD()), Held: true, Flags: h.Flags, File: h.File}
 		if len(fds) > 0 {
 			res.FD = int32(fds[0])
 			fds = fds[1:]
@@ -422,7 +419,7 @@ func (d *daemon) settleRecovery(r *recovery, owners []*owner.Owner) {
 		}
 	}
 	for _, c := range r.dismissed {
-		if c.self != state.None && poll.Now(c.fd, 0)&unix.POLLHUP != 0 {
+		if c.self != state.None && poll.HungUp(c.fd) {
 			d.locks.HungUp(owners[c.self])
 		}
 		d.log.Warn("recovery: a connection is closed, since its last request may not have been answered", "server", c.server, "client", c.id)

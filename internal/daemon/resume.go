@@ -281,7 +281,7 @@ func endedMeanwhile(s *state.Snapshot, from *state.Owner, o *owner.Owner) bool {
 		if err != nil || cred.Pid != from.PID {
 			return false
 		}
-		return poll.Now(int(c.FD), 0)&unix.POLLHUP != 0
+		return poll.HungUp(int(c.FD))
 	})
 }
 
@@ -753,7 +753,7 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 				v.Release(f.Cell) // its end comes with the last copy
 				continue
 			}
-			if f.HasPIDFD() && poll.Now(fds[0], 0)&unix.POLLHUP != 0 {
+			if f.HasPIDFD() && poll.HungUp(fds[0]) {
 				// The peer has hung up, and the binary before this one waited for the end of his request before it did anything about that.
 				details := owner.Details(f.Client.State.Owner)
 				if self, err := d.owners.Self(&details, fds[1]); err == nil { // else he has ended
@@ -790,10 +790,7 @@ func (d *daemon) settleReleased(v *vault.Vault, f *vault.Found) {
 	case others, !h.File.Remote: // the lock is not in there alone, or was lost and replaced
 		returnAfter(v, f.Cell, 0)
 	default:
-		res := state.Resource{Path: h.Name, Flags: h.Flags}
-		if h.Lockspace != "" {
-			res.Path = h.Lockspace + "/" + h.Name
-		}
+		res := state.Resource{Path: lockspace.Path(h.Lockspace, h.Name), Flags: h.Flags}
 		// A descriptor of its own, which is good also when the vault is given up meanwhile.
 		fd, err := unix.FcntlInt(uintptr(f.Cell.FD()), unix.F_DUPFD_CLOEXEC, 0)
 		var lock *filelock.Lock

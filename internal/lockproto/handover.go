@@ -59,21 +59,16 @@ func (p *Program) Restore(c *rpc.Client, from *state.Client, owners []*owner.Own
 	if from.Undo != nil {
 		s.inherited = from.Undo
 	}
-	switch {
-	case from.Self != state.None:
+	if from.Self != state.None {
 		self := owners[from.Self]
 		self.Retain()
 		s.self.Store(self)
-	case d.PID > 0 && d.PID == c.PID():
-		var self *owner.Owner
-		pidfd, err := peerInOurs(c)
-		if err == nil && pidfd >= 0 {
-			self, err = p.cfg.Owners.Self(&d, pidfd)
-		}
-		if err != nil {
-			return fmt.Errorf("cannot watch the guest %q (pid %d) by its connection, client %d: %w", d.Name, d.PID, c.ID(), err)
-		}
-		s.self.Store(self)
+		return nil
 	}
+	self, err := p.self(c, &d)
+	if err != nil {
+		return fmt.Errorf("cannot watch the guest %q (pid %d) by its connection, client %d: %w", d.Name, d.PID, c.ID(), err)
+	}
+	s.self.Store(self)
 	return nil
 }

@@ -167,16 +167,9 @@ func (p *Program) register(c *rpc.Client, s *session, a *args) error {
 	if a.owner.ID == 0 {
 		return errNotRegistered
 	}
-	var self *owner.Owner
-	if a.owner.PID > 0 && a.owner.PID == c.PID() {
-		// A number from another pid namespace is another process, even if it is the client's own here.
-		pidfd, err := peerInOurs(c)
-		if err == nil && pidfd >= 0 {
-			self, err = p.cfg.Owners.Self(&a.owner, pidfd)
-		}
-		if err != nil {
-			return err
-		}
+	self, err := p.self(c, &a.owner)
+	if err != nil {
+		return err
 	}
 	s.forget()
 	s.owner = &a.owner

@@ -43,6 +43,19 @@ func (p *Program) inOurs(c *rpc.Client, s *session) (bool, error) {
 	return s.namespace == ours, nil
 }
 
+// self returns the owner of those details if that is the peer itself, else nil. A number from another pid namespace is another process,
+// even if it is the client's own here.
+func (p *Program) self(c *rpc.Client, d *owner.Details) (*owner.Owner, error) {
+	if d.PID <= 0 || d.PID != c.PID() {
+		return nil, nil
+	}
+	pidfd, err := peerInOurs(c)
+	if err != nil || pidfd < 0 {
+		return nil, err
+	}
+	return p.cfg.Owners.Self(d, pidfd)
+}
+
 // peerInOurs asks about the very process that connected: if it lives now, its number was not
 // another's a moment before. The pidfd is the caller's; -1: it is not in our namespace, or has ended.
 //

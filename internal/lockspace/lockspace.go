@@ -101,13 +101,16 @@ type space struct {
 	cell      *vault.Cell // what it is stored in, or nil
 }
 
-// path of a resource's file. Exactly the C daemon's join, so that both mean the same file.
-func (s *space) path(name string) string {
-	if s.dir == "" {
+// Path returns that of a resource's file, in the lockspace of a directory or in the default one, "". Exactly the C daemon's join, so that
+// both mean the same file.
+func Path(dir, name string) string {
+	if dir == "" {
 		return name
 	}
-	return s.dir + "/" + name
+	return dir + "/" + name
 }
+
+func (s *space) path(name string) string { return Path(s.dir, name) }
 
 // Table holds all lockspaces.
 type Table struct {

@@ -19,5 +19,8 @@ func Now(fd int, events int16) int16 {
 	}
 }
 
+// HungUp tells whether the peer of a connection has closed it, or shut down both ends (poll(2), POLLHUP).
+func HungUp(fd int) bool { return Now(fd, 0)&unix.POLLHUP != 0 }
+
 // Ended tells whether the process of a pidfd has ended, as one has that is a zombie (pidfd_open(2)).
 func Ended(pidfd int) bool { return Now(pidfd, unix.POLLIN)&unix.POLLIN != 0 }

@@ -208,6 +208,20 @@ func (h *Host) Path(path string) string {
 	return "/proc/self/fd/" + strconv.Itoa(h.root) + path
 }
 
+// Link makes the symbolic link path lead to target, whatever it led to before; at no instant is there none.
+func (h *Host) Link(target, path string) {
+	h.t.Helper()
+	h.Must(func() error {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.Symlink(target, path+".new"); err != nil {
+			return err
+		}
+		return os.Rename(path+".new", path)
+	})
+}
+
 // WriteFile creates or replaces a file in the namespace.
 func (h *Host) WriteFile(path, content string, mode os.FileMode) {
 	h.t.Helper()

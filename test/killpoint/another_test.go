@@ -4,8 +4,6 @@ package killpoint
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,23 +20,10 @@ const program = "/tmp/bin/virtlockd"
 
 // turnable is how a daemon is started that runs as program.
 func (m *managed) turnable() host.Options {
-	m.turn(host.Ours(m.t))
+	m.Link(host.Ours(m.t), program)
 	o := quiet
 	o.Env = append(o.Env, "PROGRAM="+program)
 	return o
-}
-
-func (m *managed) turn(to string) {
-	m.t.Helper()
-	m.Must(func() error {
-		if err := os.MkdirAll(filepath.Dir(program), 0o755); err != nil {
-			return err
-		}
-		if err := os.Symlink(to, program+".new"); err != nil {
-			return err
-		}
-		return os.Rename(program+".new", program)
-	})
 }
 
 // upgrade has the daemon replaced by ours.
@@ -57,7 +42,7 @@ func (m *managed) refusesC(reason string) {
 	m.t.Helper()
 	const c = "/tmp/bin/c-virtlockd" // as far as it is asked
 	m.WriteFile(c, "#!/bin/sh\necho 'virtlockd (libvirt) 9.0.0'\n", 0o755)
-	m.turn(c)
+	m.Link(c, program)
 	said := func() int { return strings.Count(m.Stderr(), "SIGUSR1: no live upgrade") }
 	before := said()
 	m.Signal(syscall.SIGUSR1)
@@ -66,7 +51,7 @@ func (m *managed) refusesC(reason string) {
 	}
 	says(m.t, m.Daemon, "SIGUSR1: no live upgrade", reason)
 	must(m.t, m.bystand.Ping())
-	m.turn(host.Ours(m.t))
+	m.Link(host.Ours(m.t), program)
 }
 
 // Beside the vault that is used another one is kept, or one that can't be opened. What it keeps locked stays so, and is not given up

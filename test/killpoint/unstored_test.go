@@ -14,11 +14,52 @@ import (
 	"virtlockd/test/wire"
 )
 
+// sharedPath is on a disk for worker processes.
+const sharedPath = "/tmp/shared/x"
+
+// full is a daemon with a vault that has no room left for the first holder of sharedPath, who shares it.
+type full struct {
+	*managed
+	first, filler *wire.Conn
+	others        []*wire.Conn // connected, and stored, while there was room
+	n             int          // how many locks of the filler take the room
+}
+
+func startFull(t *testing.T, others int) *full {
+	t.Helper()
+	m := &full{managed: startManaged(t)}
+	slowdisk.Mount(t, m.Host, "/tmp/shared", slowdisk.Options{}).Add("x")
+	must(t, m.manager.Use(vaultName, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1) }))
+	m.first, m.filler = m.Client(noOne+1), m.client()
+	for i := range others {
+		m.others = append(m.others, m.Client(noOne+2+i))
+	}
+	unsafe := func() string { return tool(t, m.Host, nil, nil, "list", "--unsafe") }
+	for ; !strings.Contains(unsafe(), "/fill"); m.n++ {
+		must(t, m.filler.Acquire("", fillPath(m.n), wire.Autocreate))
+	}
+	must(t, m.first.Acquire("", sharedPath, wire.Shared))
+	if !strings.Contains(unsafe(), sharedPath) {
+		t.Fatalf("there is room:\n%s", unsafe())
+	}
+	return m
+}
+
+func fillPath(i int) string { return fmt.Sprint(host.Data, "/fill", i) }
+
+// empty makes the room of some of the filler's locks free.
+func (m *full) empty(from, to int) {
+	m.t.Helper()
+	for i := from; i < to; i++ {
+		must(m.t, m.filler.Release("", fillPath(i)))
+	}
+}
+
 // A lock on a disk for worker processes is shared by one whose hold could not be stored, for lack of room, and by others, who give
 // theirs up: then no crash brings these back, and no cell is left.
 func TestUnstoredHolder(t *testing.T) {
 	t.Parallel()
-	const path = "/tmp/shared/x"
+	const path = sharedPath
 	for name, tt := range map[string]struct {
 		others int  // who share it, and are stored
 		crash  bool // before the last but one of them, and the one who is not stored, give it up
@@ -27,27 +68,9 @@ func TestUnstoredHolder(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			m := startManaged(t)
-			slowdisk.Mount(t, m.Host, "/tmp/shared", slowdisk.Options{}).Add("x")
-			must(t, m.manager.Use(vaultName, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1) }))
-			var others []*wire.Conn
-			first, filler := m.Client(noOne+1), m.client()
-			for i := range tt.others {
-				others = append(others, m.Client(noOne+2+i))
-			}
-			fill := func(i int) string { return fmt.Sprint(host.Data, "/fill", i) }
-			unsafe := func() string { return tool(t, m.Host, nil, nil, "list", "--unsafe") }
-			n := 0
-			for ; !strings.Contains(unsafe(), "/fill"); n++ {
-				must(t, filler.Acquire("", fill(n), wire.Autocreate))
-			}
-			must(t, first.Acquire("", path, wire.Shared))
-			if !strings.Contains(unsafe(), path) {
-				t.Fatalf("there is room:\n%s", unsafe())
-			}
-			for i := range n {
-				must(t, filler.Release("", fill(i)))
-			}
+			m := startFull(t, tt.others)
+			others := m.others
+			m.empty(0, m.n)
 			for _, c := range others {
 				must(t, c.Acquire("", path, wire.Shared))
 			}
@@ -57,7 +80,7 @@ func TestUnstoredHolder(t *testing.T) {
 				m.Daemon = m.manager.Start(quiet)
 				must(t, m.bystand.Ping())
 			} else {
-				must(t, first.Release("", path))
+				must(t, m.first.Release("", path))
 			}
 			for _, c := range others[1:] {
 				if m.Free(path, true) {
@@ -84,31 +107,17 @@ func TestUnstoredHolder(t *testing.T) {
 // left over, and after a crash nobody else is let in for his sake.
 func TestUnstoredHolderUpgraded(t *testing.T) {
 	t.Parallel()
-	const path = "/tmp/shared/x"
+	const path = sharedPath
 	for name, room := range map[string]bool{"room": true, "no room": false} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			m := startManaged(t)
-			slowdisk.Mount(t, m.Host, "/tmp/shared", slowdisk.Options{}).Add("x")
-			must(t, m.manager.Use(vaultName, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1) }))
-			first, filler, other := m.Client(noOne+1), m.client(), m.Client(noOne+2)
-			fill := func(i int) string { return fmt.Sprint(host.Data, "/fill", i) }
-			unsafe := func() string { return tool(t, m.Host, nil, nil, "list", "--unsafe") }
-			n := 0
-			for ; !strings.Contains(unsafe(), "/fill"); n++ {
-				must(t, filler.Acquire("", fill(n), wire.Autocreate))
-			}
-			must(t, first.Acquire("", path, wire.Shared))
-			if !strings.Contains(unsafe(), path) {
-				t.Fatalf("there is room:\n%s", unsafe())
-			}
+			m := startFull(t, 1)
+			other := m.others[0]
 			released := 1 // for the other
 			if room {
-				released = n
+				released = m.n
 			}
-			for i := range released {
-				must(t, filler.Release("", fill(i)))
-			}
+			m.empty(0, released)
 			must(t, other.Acquire("", path, wire.Shared))
 			must(t, other.Release("", path))
 			m.upgrade()
@@ -118,13 +127,11 @@ func TestUnstoredHolderUpgraded(t *testing.T) {
 			if m.Free(path, true) {
 				t.Error("the lock is lost")
 			}
-			must(t, first.Release("", path))
+			must(t, m.first.Release("", path))
 			if !host.Eventually(func() bool { return m.Free(path, true) }) {
 				t.Errorf("the lock is held for nobody\n%s", tool(t, m.Host, nil, nil, "list"))
 			}
-			for i := released; i < n; i++ {
-				must(t, filler.Release("", fill(i)))
-			}
+			m.empty(released, m.n)
 			must(t, other.Acquire("", path, 0))
 			m.kill()
 			m.Daemon = m.manager.Start(quiet)

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -199,15 +198,7 @@ func (m *machine) endOrphan() {
 // turn makes the link lead to a binary.
 func (m *machine) turn(binary string) {
 	m.t.Helper()
-	m.Must(func() error {
-		if err := os.MkdirAll(filepath.Dir(link), 0o755); err != nil {
-			return err
-		}
-		if err := os.Symlink(binary, link+".new"); err != nil {
-			return err
-		}
-		return os.Rename(link+".new", link)
-	})
+	m.Link(binary, link)
 	m.next = binary
 }
 
