@@ -135,16 +135,23 @@ func TestHungDisk(t *testing.T) {
 	}
 }
 
+// guestBesideDisk returns a disk at /tmp/slow for worker processes, with a file x, and a guest on his own connection.
+func (m *machine) guestBesideDisk() (*slowdisk.Disk, *host.Process, *wire.Conn) {
+	m.t.Helper()
+	disk := slowdisk.Mount(m.t, m.Host, "/tmp/slow", slowdisk.Options{})
+	disk.Add("x")
+	g := m.Spawn(host.ProcessOptions{})
+	c := g.Dial(m.Daemon, "lock")
+	must(m.t, c.Register(wire.VM(g.PID())))
+	return disk, g, c
+}
+
 // A guest whose request hangs on a disk, and who hangs up and goes on, is ended after a live upgrade, too.
 func TestHungGuestHangsUp(t *testing.T) {
 	t.Parallel()
 	m := startKept(t)
 	locks := m.hold()
-	disk := slowdisk.Mount(t, m.Host, "/tmp/slow", slowdisk.Options{})
-	disk.Add("x")
-	g := m.Spawn(host.ProcessOptions{})
-	c := g.Dial(m.Daemon, "lock")
-	must(t, c.Register(wire.VM(g.PID())))
+	disk, g, c := m.guestBesideDisk()
 	must(t, c.Acquire("", host.Data+"/guest", wire.Autocreate))
 	disk.Hang(slowdisk.Open)
 	must(t, c.Send(wire.Request(wire.ProcAcquire, 1, wire.ResourceArgs("", "/tmp/slow/x", 0))))
@@ -162,11 +169,7 @@ func TestReleaseWaitsForPlace(t *testing.T) {
 	t.Parallel()
 	m := startKept(t)
 	locks := m.hold()
-	disk := slowdisk.Mount(t, m.Host, "/tmp/slow", slowdisk.Options{})
-	disk.Add("x")
-	g := m.Spawn(host.ProcessOptions{})
-	c := g.Dial(m.Daemon, "lock")
-	must(t, c.Register(wire.VM(g.PID())))
+	disk, g, c := m.guestBesideDisk()
 	must(t, c.Acquire("", "/tmp/slow/x", 0))
 	const places = 32 // at one mount
 	disk.Hang(slowdisk.Open)
@@ -261,9 +264,21 @@ func TestNoteHangsForC(t *testing.T) {
 	m := start(t, host.Ours(t), host.Options{})
 	locks := m.hold()
 	run := slowdisk.Mount(t, m.Host, "/run/libvirt", slowdisk.Options{}) // over the sockets; connections go on
-	run.Hang(slowdisk.Create)
-	must(t, locks.conn.Acquire("", host.Data+"/noted", wire.Autocreate))
-	run.AwaitHang(slowdisk.Create)
+	noted := func() {
+		run.Hang(slowdisk.Create)
+		must(t, locks.conn.Acquire("", host.Data+"/noted", wire.Autocreate))
+		run.AwaitHang(slowdisk.Create)
+	}
+	// The kernel gives a signal to the first thread, where it waits as long as that hangs: another one has to.
+	firstHangs := func() bool {
+		wchan, err := os.ReadFile(fmt.Sprintf("/proc/%d/wchan", m.PID()))
+		must(t, err)
+		return string(wchan) == "request_wait_answer"
+	}
+	for noted(); firstHangs(); noted() {
+		run.Resume(slowdisk.Create)
+		must(t, locks.conn.Release("", host.Data+"/noted"))
+	}
 	m.turn(host.C(t))
 	m.fails("the note of what is locked is just being written")
 	must(t, locks.conn.Release("", host.Data+"/noted"))
