@@ -5,11 +5,14 @@ package host
 import (
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // reference is Debian's package of the daemon that ours replaces.
@@ -83,6 +86,10 @@ func build(name, given string) (path string, err error) {
 // Main is what TestMain calls. It runs the tests; in a process that a test started it plays its part instead.
 func Main(m *testing.M) {
 	Play()
+	// Daemons don't inherit what whoever runs the tests left open, so that a test counts the same descriptors everywhere.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		panic(err)
+	}
 	// These tests wait more than they compute. An explicit -parallel, which is parsed later, has its way.
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)

@@ -296,12 +296,19 @@ func (l *load) end() {
 	}
 }
 
-// descriptors is how many the daemon has open.
-func (m *machine) descriptors() int {
+// descriptors are those that the daemon has open, each with what it is of.
+func (m *machine) descriptors() (names []string) {
 	m.t.Helper()
-	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", m.process()))
+	dir := fmt.Sprintf("/proc/%d/fd", m.process())
+	entries, err := os.ReadDir(dir)
 	must(m.t, err)
-	return len(entries)
+	for _, e := range entries {
+		name, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err == nil { // it is still open
+			names = append(names, e.Name()+" "+name)
+		}
+	}
+	return names
 }
 
 // children are the daemon's: its workers, and a program that it asks for its version.
@@ -328,6 +335,8 @@ func storm(t *testing.T, m *machine, n int) {
 		spare = n / 2
 	}
 	m.usr1()
+	locks.check(m) // the first that wants a lock leaves libvirtd's pidfd, and we are libvirtd here
+	host.Settled(t, m.process())
 	before := m.descriptors()
 	outside := m.startChecker(locks.paths...)
 	l := m.startLoad()
@@ -346,8 +355,8 @@ func storm(t *testing.T, m *machine, n int) {
 		l.requests.Load(), time.Duration(l.longest.Load()).Round(10*time.Microsecond), polls)
 	t.Logf("the daemon itself says that everybody had to wait for %s", pauses(m.Stderr()))
 	locks.check(m)
-	if !host.Eventually(func() bool { return m.descriptors() <= before+spare }) {
-		t.Errorf("%d descriptors were open before, %d are now", before, m.descriptors())
+	if !host.Eventually(func() bool { return len(m.descriptors()) <= len(before)+spare }) {
+		t.Errorf("these descriptors were open before: %q, these are now: %q", before, m.descriptors())
 	}
 	if c := m.children(); len(c) > 0 {
 		t.Errorf("children are left: %v", c)
