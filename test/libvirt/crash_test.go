@@ -17,7 +17,6 @@ import (
 func TestLockDaemonDies(t *testing.T) {
 	t.Parallel()
 	onEachKind(t, "dies", ours, func(m *machine) {
-		m.startDaemon(vmhost.Logd, "/usr/sbin/virtlogd")
 		m.run(ours.path, "-d")
 		m.startDaemon(vmhost.Libvirtd, "/usr/sbin/libvirtd")
 		lockDaemonDies(m)

@@ -92,7 +92,7 @@ func missing() string {
 		return "namespaces and loop devices take root"
 	}
 	for _, program := range []string{
-		reference.path, "/usr/sbin/virtlogd", "/usr/sbin/libvirtd", "/usr/bin/virsh", "/usr/bin/qemu-system-x86_64",
+		reference.path, "/usr/sbin/libvirtd", "/usr/bin/virsh", "/usr/bin/qemu-system-x86_64",
 		"/usr/bin/qemu-img", "/usr/bin/nsenter",
 	} {
 		if _, err := os.Stat(program); err != nil {

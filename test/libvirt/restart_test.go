@@ -127,9 +127,7 @@ func TestLockDaemonStop(t *testing.T) {
 					}
 				}
 				m.define(b)
-				// libvirtd reads why from its child's log, and on a busy machine sometimes before that is written.
-				_, err := m.host.Virsh(m.Context(), "start", b.Name)
-				m.refused(err, "Failed to connect socket to '/run/libvirt/virtlockd-sock'", "Process exited prior to exec")
+				m.virshRefused("Failed to connect socket to '/run/libvirt/virtlockd-sock'", "start", b.Name)
 				m.state(b, "shut off")
 				m.startDaemon(vmhost.Lockd, d.path)
 				// The new daemon knows no lockspace until libvirtd tells it: the C daemon's has the same gap.

@@ -16,14 +16,13 @@ import (
 
 // Names of a host's daemons.
 const (
-	Logd     = "virtlogd"
 	Lockd    = "virtlockd"
 	Libvirtd = "libvirtd"
 )
 
 // pidFiles are where the daemons write their pids in a host.
 var pidFiles = map[string]string{
-	Logd: "/run/virtlogd.pid", Lockd: "/run/virtlockd.pid", Libvirtd: "/run/libvirtd.pid",
+	Lockd: "/run/virtlockd.pid", Libvirtd: "/run/libvirtd.pid",
 }
 
 // A daemon is a process of the host that runs in the foreground below an nsenter.
@@ -34,11 +33,8 @@ type daemon struct {
 	err   error         // how it ended; valid after ended
 }
 
-// StartAll starts virtlogd, the given lock daemon and libvirtd, each when the one before is ready.
+// StartAll starts the given lock daemon, and libvirtd when that is ready.
 func (h *Host) StartAll(ctx context.Context, lockd string) error {
-	if err := h.StartDaemon(ctx, Logd, "/usr/sbin/virtlogd"); err != nil {
-		return err
-	}
 	if err := h.StartDaemon(ctx, Lockd, lockd); err != nil {
 		return err
 	}

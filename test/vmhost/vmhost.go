@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
 // Package vmhost makes private virtual machine hosts for tests and for the demonstration: a mount, pid, network, UTS and IPC
-// namespace with /run, /dev, /etc/libvirt and /var/{lib,log,cache}/libvirt of its own, in which virtlogd, a lock daemon, libvirtd and
-// QEMU guests run. Several hosts can share directories and block devices, as hosts on one SAN do.
+// namespace with /run, /dev, /etc/libvirt and /var/{lib,log,cache}/libvirt of its own, in which a lock daemon, libvirtd and QEMU
+// guests run. Several hosts can share directories and block devices, as hosts on one SAN do.
 //
 // Nothing of the machine's own libvirt, /run or /dev is touched. A host ends with the process that made it, however that
 // process ends: the host's init sees its control pipe close and exits, and the kernel kills all that runs in the pid namespace.
@@ -145,12 +145,13 @@ func Start(opts Options) (_ *Host, err error) {
 
 // Configuration returns the files that configure libvirt for guests in bare namespaces, and Files: path to contents.
 func (opts Options) Configuration() map[string]string {
+	// Guests write their logs themselves. With virtlogd, libvirtd tells why one was not started by what that has already read, which may be
+	// nothing yet.
 	files := map[string]string{
 		"/etc/libvirt/qemu.conf": "lock_manager = \"lockd\"\nuser = \"root\"\ngroup = \"root\"\nsecurity_driver = \"none\"\n" +
-			"cgroup_controllers = []\nnamespaces = []\n",
+			"cgroup_controllers = []\nnamespaces = []\nstdio_handler = \"file\"\n",
 		"/etc/libvirt/qemu-lockd.conf": opts.QEMULockd,
 		"/etc/libvirt/virtlockd.conf":  opts.Lockd,
-		"/etc/libvirt/virtlogd.conf":   "",
 		"/etc/libvirt/libvirt.conf":    "",
 		"/etc/libvirt/libvirtd.conf": fmt.Sprintf("host_uuid = %q\nauth_unix_ro = \"none\"\nauth_unix_rw = \"none\"\n"+
 			"log_outputs = \"2:file:/var/log/libvirt/libvirtd.log\"\n", opts.UUID),

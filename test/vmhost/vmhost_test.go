@@ -82,7 +82,7 @@ func TestPrivate(t *testing.T) {
 	if _, err := h.Run(t.Context(), "sh", "-c", "echo reason >&2; exit 3"); err == nil || !strings.Contains(err.Error(), "reason") {
 		t.Errorf("a failing command's error is %v", err)
 	}
-	if err := h.StartDaemon(t.Context(), Logd, "/bin/false"); err == nil || !strings.Contains(err.Error(), "ended at start") {
+	if err := h.StartDaemon(t.Context(), Lockd, "/bin/false"); err == nil || !strings.Contains(err.Error(), "ended at start") {
 		t.Errorf("a daemon that doesn't start: %v", err)
 	}
 	if err := h.Close(); err != nil {
