@@ -5,11 +5,16 @@ package main
 
 import (
 	"os"
+	"runtime"
 
 	"virtlockd/internal/daemon"
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/keeper"
 )
+
+// The kernel gives a signal to the first thread of a process if it can (complete_signal, Linux 6.1; signal(7) promises none), and to no other
+// while that hangs in a call on a disk. So that thread is main's own, and main only waits for what there is to do.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	if filelock.IsWorker() {
