@@ -632,72 +632,65 @@ func (t *Table) Holds(o *owner.Owner) bool {
 	return len(t.byOwner[o]) > 0
 }
 
-// ReleaseOwner gives up all that an owner holds, because its process has ended. A lock on a
-// disk that hangs delays none of the others.
+// ReleaseOwner gives up all that an owner holds, because its process has ended. It waits for local disks only: what may wait
+// for another one, or for the end of a phase that does, goes on without the caller.
 func (t *Table) ReleaseOwner(o *owner.Owner) {
-	for {
-		busy := t.releaseHeld(o)
-		if busy == nil {
-			return
-		}
-		t.mu.Lock()
-		if busy.phase != held {
-			_ = t.settle(busy, nil) // nobody's patience ends
-		}
-		t.mu.Unlock()
-	}
-}
-
-// releaseHeld gives up what an owner holds, but for resources that are being stored. It returns one of those, if any.
-func (t *Table) releaseHeld(o *owner.Owner) (busy *resource) {
 	t.mu.Lock()
-	var all, last, left []*resource
-	for _, r := range t.byOwner[o] {
-		if r.phase != held {
-			busy = r
-			left = append(left, r)
-			continue
-		}
-		var gone []hold
-		r.holders = slices.DeleteFunc(r.holders, func(h hold) bool {
-			if h.owner == o {
-				gone = append(gone, h)
-			}
-			return h.owner == o
-		})
-		if len(gone) == 0 {
-			continue // for the second time here
-		}
-		for _, h := range gone {
-			t.report(events.Released, events.OwnerEnded, r, o, 0)
-			t.ended(r, h.cell)
-			o.Release()
-		}
-		all = append(all, r)
-		if len(r.holders) == 0 {
-			t.begin(r, releasing)
+	var last []*resource
+	for _, r := range slices.Backward(slices.Clone(t.byOwner[o])) {
+		switch {
+		case len(r.holders) == 0: // for the second time here
+		case r.phase != held:
+			go t.releaseSettled(r, o)
+		case t.dropOwner(r, o):
 			last = append(last, r)
 		}
 	}
-	if len(left) > 0 {
-		t.byOwner[o] = left
-	} else {
-		delete(t.byOwner, o)
-	}
 	t.mu.Unlock()
-	for _, r := range all {
-		t.cfg.Logger.Info("lock released: its owner has ended", "path", r.space.path(r.name), "", o.Details())
-	}
 	t.giveUpAll(last)
-	return busy
 }
 
-// giveUpAll gives up local locks one after the other and remote ones side by side.
+// releaseSettled is ReleaseOwner for a resource on which somebody is at work.
+func (t *Table) releaseSettled(r *resource, o *owner.Owner) {
+	t.mu.Lock()
+	for r.phase != held {
+		if len(r.holders) == 0 {
+			t.mu.Unlock()
+			return // nobody's any more
+		}
+		_ = t.settle(r, nil) // nobody's patience ends
+	}
+	last := t.dropOwner(r, o)
+	t.mu.Unlock()
+	if last {
+		t.giveUp(r)
+	}
+}
+
+// dropOwner removes a dead owner from r's holders, and tells whether he was the last one: then r is to be given up. t.mu is held.
+func (t *Table) dropOwner(r *resource, o *owner.Owner) (last bool) {
+	n := len(r.holders)
+	for i := n - 1; i >= 0; i-- {
+		if r.holders[i].owner == o {
+			t.dropHolder(r, i, events.OwnerEnded)
+		}
+	}
+	if len(r.holders) == n {
+		return false
+	}
+	t.cfg.Logger.Info("lock released: its owner has ended", "path", r.space.path(r.name), "", o.Details())
+	if len(r.holders) > 0 {
+		return false
+	}
+	t.begin(r, releasing)
+	return true
+}
+
+// giveUpAll gives up local locks one after the other, and remote ones without the caller.
 func (t *Table) giveUpAll(rs []*resource) {
-	var remote sync.WaitGroup
 	for _, r := range rs {
 		if r.lock.Remote() {
-			remote.Go(func() { t.giveUp(r) })
+			go t.giveUp(r)
 		}
 	}
 	for _, r := range rs {
@@ -705,7 +698,6 @@ func (t *Table) giveUpAll(rs []*resource) {
 			t.giveUp(r)
 		}
 	}
-	remote.Wait()
 }
 
 // Create makes a resource's file. One that is there already is fine and stays as it is.

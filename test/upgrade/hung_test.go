@@ -190,6 +190,51 @@ func TestReleaseWaitsForPlace(t *testing.T) {
 	locks.check(m)
 }
 
+// A guest has ended, and one of his disks does not answer: to the release of its lock there, or to somebody who is just joining him. Where
+// another disk was just as busy, the lock there ends as soon as that one answers.
+func TestReleaseBesideDeadDisk(t *testing.T) {
+	t.Parallel()
+	for name, joined := range map[string]bool{"its lock is released": false, "somebody joins": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := startKept(t)
+			disk, g, c := m.guestBesideDisk()
+			dead := slowdisk.Mount(t, m.Host, "/tmp/dead", slowdisk.Options{})
+			dead.Add("x")
+			must(t, c.Acquire("", "/tmp/slow/x", wire.Shared))
+			must(t, c.Acquire("", "/tmp/dead/x", wire.Shared))
+			// A worker that has put a second holder's copy of the file into his cell closes its own, for which the kernel asks the disk.
+			join := func(disk *slowdisk.Disk, path string) *wire.Conn {
+				disk.Hang(slowdisk.Flush)
+				other := m.Client(noOne)
+				must(t, other.Send(wire.Request(wire.ProcAcquire, 1, wire.ResourceArgs("", path, wire.Shared))))
+				disk.AwaitHang(slowdisk.Flush)
+				return other
+			}
+			joins := join(disk, "/tmp/slow/x")
+			if joined {
+				join(dead, "/tmp/dead/x")
+			}
+			dead.Hang(slowdisk.Flush)
+			g.Kill()
+			if !joined {
+				dead.AwaitHang(slowdisk.Flush)
+			}
+			// Who asks for something in his name sees that he has ended, if nobody has before.
+			if m.Client(g.PID()).Acquire("", host.Data+"/guest", wire.Autocreate) == nil {
+				t.Error("the dead got a lock")
+			}
+			disk.Resume(slowdisk.Flush)
+			_, err := joins.Recv()
+			must(t, err)
+			must(t, joins.Release("", "/tmp/slow/x"))
+			other := m.Client(noOneElse)
+			eventually(t, "the end of the lock", func() bool { return other.Acquire("", "/tmp/slow/x", 0) == nil })
+			dead.Resume(slowdisk.Flush)
+		})
+	}
+}
+
 // The C daemon gets the files themselves, and a close of one asks its disk: while that does not answer, nothing is handed over, and
 // everybody is served.
 func TestDeadDiskToC(t *testing.T) {
