@@ -162,6 +162,9 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	entered := beside(len(heirs), func() { locks = d.adoptLocks(take, heirs, owners) })
 	clients := d.adoptClients(s, owners)
 	entered()
+	if d.found != nil {
+		d.settleRecovery(d.found, owners) // before anything else works on what a worker process may still be at
+	}
 	for i, o := range owners {
 		// One that was found dead while owners were taken over had no locks yet.
 		if o.Dead() || endedMeanwhile(s, &s.Owners[i], o) {
@@ -173,9 +176,6 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		d.makeSafe()
 	}
 	d.storeEverything()
-	if d.found != nil {
-		d.settleRecovery(d.found, owners)
-	}
 	d.settleStrays(strays)
 	for _, o := range owners {
 		o.Release()

@@ -553,10 +553,17 @@ func (t *Table) Undo(h Hold) error {
 
 // releaseOne gives up the hold whose place which returns, with t.mu held.
 func (t *Table) releaseOne(req *Request, why events.Reason, which func(*resource) int) error {
-	fail := func(err error) error {
-		return &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
+	last, err := t.dropOne(req, why, which)
+	if last != nil {
+		t.giveUp(last)
 	}
+	return err
+}
+
+// dropOne is releaseOne, but for giving up the resource: it is returned if nobody holds it any more.
+func (t *Table) dropOne(req *Request, why events.Reason, which func(*resource) int) (last *resource, err error) {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	_, r, err := t.find(req)
 	if err == nil && r == nil {
 		err = ErrNotLocked
@@ -568,18 +575,14 @@ func (t *Table) releaseOne(req *Request, why events.Reason, which func(*resource
 		}
 	}
 	if err != nil {
-		t.mu.Unlock()
-		return fail(err)
+		return nil, &Error{Op: "release", Lockspace: req.Lockspace, Resource: req.Resource, Err: err}
 	}
 	t.dropHolder(r, i, why)
 	if len(r.holders) > 0 {
-		t.mu.Unlock()
-		return nil
+		return nil, nil
 	}
 	t.begin(r, releasing)
-	t.mu.Unlock()
-	t.giveUp(r)
-	return nil
+	return r, nil
 }
 
 // giveUp ends a resource without holders in phase releasing.

@@ -209,11 +209,17 @@ func (t *Table) cell(index uint32) *vault.Cell {
 }
 
 // ReleaseStored gives up the hold that is stored in a cell, if there still is one: its acquisition was never answered, or
-// its release was under way, in a process that died. It may block.
+// its release was under way, in a process that died. Nobody is at work on the resource. It waits for local disks only; when it returns,
+// a process that comes after this one finds that the hold is being released.
 func (t *Table) ReleaseStored(lockspace, name string, cell uint32) error {
-	return t.releaseOne(&Request{Lockspace: lockspace, Resource: name}, events.ClientGone, func(r *resource) int {
+	last, err := t.dropOne(&Request{Lockspace: lockspace, Resource: name}, events.ClientGone, func(r *resource) int {
 		return slices.IndexFunc(r.holders, func(h hold) bool { return h.cell.Index() == cell })
 	})
+	if last != nil {
+		last.cell.Word().Store(vault.Releasing)
+		t.giveUpAll([]*resource{last})
+	}
+	return err
 }
 
 // ReleaseAfter is ReleaseStored for a hold that a worker process of the process that died may still work on: nobody else touches

@@ -164,30 +164,40 @@ func TestHungGuestHangsUp(t *testing.T) {
 	locks.check(m)
 }
 
-// A guest has ended, and the release of its lock waits for a place at a disk that does not answer: it is done after a live upgrade.
+// A guest has ended, and the release of its lock waits for a place at a disk that does not answer. It is done after a live upgrade, and after
+// a crash, which keep nobody else waiting.
 func TestReleaseWaitsForPlace(t *testing.T) {
 	t.Parallel()
-	m := startKept(t)
-	locks := m.hold()
-	disk, g, c := m.guestBesideDisk()
-	must(t, c.Acquire("", "/tmp/slow/x", 0))
-	const places = 32 // at one mount
-	disk.Hang(slowdisk.Open)
-	for i := range places {
-		name := fmt.Sprint("y", i)
-		disk.Add(name)
-		must(t, m.Client(noOne).Send(wire.Request(wire.ProcAcquire, 1, wire.ResourceArgs("", "/tmp/slow/"+name, 0))))
+	for name, next := range map[string]func(*machine){"live upgrade": (*machine).usr1, "crash": (*machine).killKept} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := startKept(t)
+			locks := m.hold()
+			disk, g, c := m.guestBesideDisk()
+			must(t, c.Acquire("", "/tmp/slow/x", 0))
+			const places = 32 // at one mount
+			disk.Hang(slowdisk.Open)
+			disk.Hang(slowdisk.Flush)
+			for i := range places {
+				name := fmt.Sprint("y", i)
+				disk.Add(name)
+				must(t, m.Client(noOne).Send(wire.Request(wire.ProcAcquire, 1, wire.ResourceArgs("", "/tmp/slow/"+name, 0))))
+			}
+			eventually(t, "no place", func() bool { return disk.Waiting(slowdisk.Open) == places })
+			g.Kill()
+			eventually(t, "the hang-up", func() bool { return m.countLines("its owner has ended") > 0 })
+			next(m)
+			must(t, locks.conn.Ping())
+			disk.AwaitHang(slowdisk.Flush)
+			disk.Resume(slowdisk.Open)
+			disk.Resume(slowdisk.Flush)
+			eventually(t, "the end of the lock", func() bool { return m.Free("/tmp/slow/x", true) })
+			if n := m.countLines("belongs to nobody"); n != 0 {
+				t.Errorf("%d strays", n)
+			}
+			locks.check(m)
+		})
 	}
-	eventually(t, "no place", func() bool { return disk.Waiting(slowdisk.Open) == places })
-	g.Kill()
-	eventually(t, "the hang-up", func() bool { return m.countLines("its owner has ended") > 0 })
-	m.usr1()
-	disk.Resume(slowdisk.Open)
-	eventually(t, "the end of the lock", func() bool { return m.Free("/tmp/slow/x", true) })
-	if n := m.countLines("belongs to nobody"); n != 0 {
-		t.Errorf("%d strays", n)
-	}
-	locks.check(m)
 }
 
 // A guest has ended, and one of his disks does not answer: to the release of its lock there, or to somebody who is just joining him. Where
