@@ -31,6 +31,7 @@ type recovery struct {
 	ended     map[int32]bool     // of those places, whose process had ended when it was first seen
 	resources map[resourceKey]*state.Resource
 	progress  map[uint64]rpc.Progress // of the lock server's clients, by their id
+	unseen    bool                    // there is a hold that is not understood, or a worker process may be about to store one
 	unsettled []unsettled
 	dismissed []dismissed
 }
@@ -60,8 +61,8 @@ type dismissed struct {
 	self   int32 // the place in the snapshot of the owner that the peer is, or state.None
 }
 
-// recoverVault makes a snapshot of what is in the vault, as a live upgrade would have left it. Nothing in the vault is changed: a
-// process that dies here leaves everything to the next one.
+// recoverVault makes a snapshot of what is in the vault, as a live upgrade would have left it. Nothing that counts in the vault is
+// changed: a process that dies here leaves everything to the next one.
 //
 // An error says that not everything could be opened; then the daemon must not serve anybody, and locks stay held by the vault itself.
 // Without error and recovery there was nothing.
@@ -106,6 +107,7 @@ func (d *daemon) recoverContents(v *vault.Vault, found []vault.Found) (*recovery
 		var err error
 		switch {
 		case f.Err != nil:
+			r.unseen = true
 			d.log.Error("recovery: something in the vault is not understood; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index(), "error", f.Err)
 		case f.Daemon != nil:
 			err = d.recoverSettings(r, f)
@@ -116,12 +118,15 @@ func (d *daemon) recoverContents(v *vault.Vault, found []vault.Found) (*recovery
 		case f.Lockspace != nil:
 			spaces[*f.Lockspace] = f.Cell.Index()
 		default:
-			returnAfter(v, f.Cell, vault.Worker(f.Cell.Word().Load()))
+			worker := vault.Worker(f.Cell.Word().Load())
+			r.unseen = r.unseen || worker != 0
+			returnAfter(v, f.Cell, worker)
 		}
 		if errors.Is(err, vault.ErrTruncated) {
 			return nil, fmt.Errorf("recovery: %w", err)
 		}
 		if err != nil {
+			r.unseen = true
 			d.log.Error("recovery: something in the vault can't be opened; it stays there, so a file that it locks stays locked", "error", err)
 			if f.Hold != nil && !errors.Is(err, vault.ErrEmpty) { // as it is when a worker process has released it just now
 				d.safety.orphans++
@@ -342,6 +347,10 @@ func (r *recovery) hold(f *vault.Found) error {
 		h.Owner.Kind = state.Verified
 	}
 	moved := word == vault.Moving && r.holds(res, h)
+	filled := worker == 0 && vault.Worker(word) != 0 // that process has nothing more to do here
+	if filled || word == vault.Moving && !moved && !r.unseen {
+		f.Cell.Word().Store(0) // for what is done to the owner
+	}
 	res.Owners = append(res.Owners, r.owner(h.Owner))
 	res.Cells = append(res.Cells, cell)
 	res.Since = append(res.Since, h.Since)

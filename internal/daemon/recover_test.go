@@ -15,7 +15,8 @@ import (
 	"virtlockd/internal/vault"
 )
 
-// What becomes of the holds of one shared resource, by the words of their cells. A process that died may have had a worker process at
+// What becomes of the holds of one shared resource, by the words of their cells, and of those words: what was going on is over, and
+// what is done to an owner is noted there again. A process that died may have had a worker process at
 // one of them; that is said by the pid of one that lives, ours.
 func TestRecoveredHolds(t *testing.T) {
 	t.Parallel()
@@ -27,17 +28,20 @@ func TestRecoveredHolds(t *testing.T) {
 		held    []int    // the cells that are taken over, from 1
 		end     []int    // of these, those that end with the recovery
 		waiting bool     // ... when the worker has ended
+		filling bool     // a worker may be about to put a hold into another cell
+		after   []uint64 // the words of held ones afterwards, if they are others
 	}{
 		{name: "all well", words: []uint64{0, 0}, held: []int{1, 2}},
-		{name: "the later one is just put in", words: []uint64{0, vault.Filling(us)}, held: []int{1, 2}},
-		{name: "the earlier cell is filled last", words: []uint64{vault.Filling(us), 0}, held: []int{1, 2}},
-		{name: "only one, just put in", words: []uint64{vault.Filling(us)}, held: []int{1}},
+		{name: "the later one is just put in", words: []uint64{0, vault.Filling(us)}, held: []int{1, 2}, after: []uint64{0, 0}},
+		{name: "the earlier cell is filled last", words: []uint64{vault.Filling(us), 0}, held: []int{1, 2}, after: []uint64{0, 0}},
+		{name: "only one, just put in", words: []uint64{vault.Filling(us)}, held: []int{1}, after: []uint64{0}},
 		{name: "the last one is released by a worker", words: []uint64{vault.Busy(us)}, held: []int{1}, end: []int{1}, waiting: true},
 		{name: "a replaced lock is released by a worker", words: []uint64{vault.Busy(us), 0}, same: true, held: []int{2}},
 		{name: "one is released", words: []uint64{vault.Releasing, 0}, held: []int{1, 2}, end: []int{1}},
 		{name: "replaced, and not marked yet", words: []uint64{vault.Moving, 0}, same: true, held: []int{1, 2}, end: []int{1}},
-		{name: "to be replaced", words: []uint64{vault.Moving}, held: []int{1}},
-		{name: "to be replaced, beside others", words: []uint64{vault.Moving, 0}, held: []int{1, 2}},
+		{name: "to be replaced", words: []uint64{vault.Moving}, held: []int{1}, after: []uint64{0}},
+		{name: "to be replaced, beside others", words: []uint64{vault.Moving, 0}, held: []int{1, 2}, after: []uint64{0, 0}},
+		{name: "to be replaced at any moment", words: []uint64{vault.Moving}, held: []int{1}, filling: true},
 		{name: "stopped", words: []uint64{vault.Stopped, 0}, held: []int{1, 2}},
 		{name: "being ended", words: []uint64{vault.Ending, 0}, held: []int{1, 2}},
 	} {
@@ -77,6 +81,13 @@ func TestRecoveredHolds(t *testing.T) {
 				}
 				cells[i].Word().Store(word)
 			}
+			if tt.filling {
+				empty, err := v.Take()
+				if err != nil {
+					t.Fatal(err)
+				}
+				empty.Word().Store(vault.Filling(us))
+			}
 			// As the next process finds it.
 			root, err := unix.FcntlInt(uintptr(v.Root()), unix.F_DUPFD_CLOEXEC, 0)
 			if err != nil {
@@ -110,6 +121,14 @@ func TestRecoveredHolds(t *testing.T) {
 				}
 			}
 			want("end", end, tt.end)
+			if tt.after == nil {
+				tt.after = tt.words
+			}
+			for _, i := range tt.held {
+				if word := cells[i-1].Word().Load(); word != tt.after[i-1] {
+					t.Errorf("beside cell %d stands %#x, want %#x", i, word, tt.after[i-1])
+				}
+			}
 			for i, o := range r.snapshot.Owners {
 				if word := tt.words[o.PID-1]; o.Stopped != (word == vault.Stopped) || o.Ending != (word == vault.Ending) {
 					t.Errorf("owner %d with word %d: stopped %v, being ended %v", i, word, o.Stopped, o.Ending)
