@@ -765,7 +765,7 @@ func (d *daemon) serve() (code int, ended bool) {
 	d.waiting.report(exitOK, "")
 
 	go d.guard(ctx)
-	signalled := false
+	signalled, broken := false, false
 	upgrade := d.signals.upgrade // nil while one is being prepared; the next one waits
 	prepared := make(chan *successor, 1)
 	for {
@@ -782,7 +782,7 @@ func (d *daemon) serve() (code int, ended bool) {
 			d.log.Info("the daemon ends: nobody has needed it for the time of --timeout")
 		case err := <-failed:
 			d.log.Error("the daemon ends: it can't wait for clients any more", "error", err)
-			code = exitUsage
+			code, broken = exitUsage, true
 		case <-upgrade:
 			upgrade = nil
 			go func() { prepared <- d.prepareUpgrade(ctx) }()
@@ -795,6 +795,10 @@ func (d *daemon) serve() (code int, ended bool) {
 			continue
 		}
 		break
+	}
+	if broken && d.safety.outlivesCrash() {
+		d.leaves = true // as one that was killed
+		return code, false
 	}
 	if (signalled || d.preserve.Load()) && d.leave() {
 		return code, false

@@ -434,12 +434,22 @@ func (d *daemon) leave() bool {
 	return true
 }
 
+// outlivesCrash tells whether a process that starts when this one has ended may get the vault. Where that is not known locks stay.
+func (s *safety) outlivesCrash() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.vault != nil && !errors.Is(s.why, systemd.ErrNoStore)
+}
+
 // outlivesStop tells whether the vault is where the next process gets it from, also after an orderly end of this one. A store that has
 // not answered counts: it has been told.
 func (s *safety) outlivesStop() bool {
+	if !s.outlivesCrash() {
+		return false
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.vault != nil && s.link == nil && s.store != (systemd.Notifier{}) && !errors.Is(s.why, systemd.ErrNoStore)
+	return s.link == nil && s.store != (systemd.Notifier{})
 }
 
 // vaultPassed tells whether the process was started with what one before it has left.

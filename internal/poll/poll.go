@@ -281,9 +281,9 @@ func (p *Poller) ctl(op int, t Token, fd int, events uint32) error {
 }
 
 // Run waits for events and calls handlers until ctx is done or Close is called,
-// and returns when all goroutines have ended, the handlers they run included.
-// It returns nil then, or the error that made waiting impossible. It may be
-// called once.
+// and returns nil when all goroutines have ended, the handlers they run included.
+// An error says that waiting is impossible, and comes at once: a handler that
+// hangs does not keep it. Run may be called once.
 func (p *Poller) Run(ctx context.Context) error {
 	p.mu.Lock()
 	if p.stopped || p.running {
@@ -299,12 +299,18 @@ func (p *Poller) Run(ctx context.Context) error {
 
 	stopWatching := context.AfterFunc(ctx, p.stop)
 	defer stopWatching()
-	p.loops.Wait()
-	close(p.done)
-
+	go func() {
+		p.loops.Wait()
+		close(p.done)
+	}()
+	<-p.stopping
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.err
+	err := p.err
+	p.mu.Unlock()
+	if err == nil {
+		<-p.done
+	}
+	return err
 }
 
 // Close ends the goroutines, waits for them and for the handlers they run, and

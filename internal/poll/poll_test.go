@@ -5,6 +5,7 @@ package poll
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -277,6 +278,36 @@ func TestHang(t *testing.T) {
 		raise(t, fd)
 		await(t, answer, "an event beside handlers that hang")
 	}
+}
+
+// TestFails: that waiting is impossible is told at once, also while a handler hangs.
+func TestFails(t *testing.T) {
+	t.Parallel()
+	p, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan error, 1)
+	go func() { ran <- p.Run(context.Background()) }()
+	fd, _ := echo(t, p)
+	release, waiting := make(chan struct{}), make(chan int32)
+	if _, err := p.Add(eventfd(t, 1), unix.EPOLLIN|unix.EPOLLET, handler(func(uint32) {
+		p.Waiting()
+		waiting <- p.waiting.Load()
+		<-release
+	})); err != nil {
+		t.Fatal(err)
+	}
+	await(t, waiting, "the handler")
+	if err := unix.Dup3(eventfd(t, 0), p.epfd, unix.O_CLOEXEC); err != nil { // no epoll set any more
+		t.Fatal(err)
+	}
+	raise(t, fd) // whoever waits comes back once more, if he was waiting already
+	if err := await(t, ran, "the error"); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("got %v, want EINVAL", err)
+	}
+	close(release)
+	p.Close()
 }
 
 // TestWaiting: when a handler has said that it waits, somebody waits for events.

@@ -71,6 +71,8 @@ type Trace struct {
 	last   time.Time // when the last point was reached
 	killed bool
 
+	before func(tid, call int) // called where a thread enters a system call; nil: nothing is
+
 	calls map[int]int // what each thread is in; only of the goroutine that follows
 }
 
@@ -291,6 +293,9 @@ func (t *Trace) stopped(tid int) error {
 	if info.op == atEntry {
 		p.Call = int(info.nr)
 		t.calls[tid] = p.Call
+		if t.before != nil {
+			t.before(tid, p.Call)
+		}
 	} else {
 		p.Call = t.calls[tid]
 	}
