@@ -144,7 +144,8 @@ type Config struct {
 	Logger *slog.Logger
 	Events *events.Log // nil: nobody wants to know
 	// Died gives up the locks of an owner that has ended. It is called once for each owner with a
-	// process, on a goroutine of its own right to block.
+	// process, by whoever sees first that this has ended. That may be on behalf of a client, so it
+	// does not wait for a disk that may hang.
 	Died func(*Owner)
 }
 
