@@ -165,9 +165,9 @@ func TestRatio(t *testing.T) {
 func TestVerdict(t *testing.T) {
 	t.Parallel()
 	values := func(o, c float64) map[kind][]float64 {
-		v := map[kind][]float64{ours: {o}}
+		v := map[kind][]float64{ours: {o, o, o, o, o}}
 		if c > 0 {
-			v[cOne] = []float64{c}
+			v[cOne] = []float64{c, c, c, c, c}
 		}
 		return v
 	}
@@ -183,9 +183,10 @@ func TestVerdict(t *testing.T) {
 		{"rate", row{Values: values(20, 10), Goal: atLeastC(2)}, "pass"},
 		{"low rate", row{Values: values(19, 10), Goal: atLeastC(2)}, "MISS"},
 		{"value", row{Values: values(5, 0), Goal: atMost(5)}, "pass"},
+		{"value, of too few rounds", row{Values: map[kind][]float64{ours: {4, 4, 4, 4}}, Goal: atMost(5)}, ""},
 		{"both, one missed", row{Values: values(5, 6), Goal: both(atMost(5), atMostC(0.5))}, "MISS"},
-		{"flat", row{Values: values(11, 1), Base: []float64{10}, Goal: atMostBase(1.1)}, "pass"},
-		{"not flat", row{Values: values(12, 100), Base: []float64{10}, Goal: atMostBase(1.1)}, "MISS"},
+		{"flat", row{Values: values(11, 1), Base: []float64{10}, Goal: atMostBase(1.1, "at 0")}, "pass"},
+		{"not flat", row{Values: values(12, 100), Base: []float64{10}, Goal: atMostBase(1.1, "at 0")}, "MISS"},
 		{"nothing measured", row{Values: map[kind][]float64{}, Goal: atMost(5)}, ""},
 	} {
 		if _, got := c.row.verdict(); got != c.want {

@@ -4,10 +4,13 @@ package main
 
 import (
 	"encoding/binary"
+	"fmt"
 	"hash/maphash"
 	"os"
+	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -19,7 +22,8 @@ import (
 const floorEnv = "VIRTLOCKD_BENCH_FLOOR"
 
 // floorServer does what no lock daemon can do without: it waits for requests, opens and locks files, and answers.
-// There is one thread, no check of anything, and no thought of who asks.
+// There is one thread, no other check than whether a lease's name is still its file's, and no thought of who asks. It takes one event at a time,
+// so where that costs, a daemon can be faster.
 type floorServer struct {
 	epfd, listener int
 	seed           maphash.Seed
@@ -40,11 +44,17 @@ func floor() {
 	}
 	raiseLimit()
 	s := &floorServer{seed: maphash.MakeSeed(), held: make(map[uint64]int32, 1<<15)}
+	if fds := os.Getenv(againEnv); fds != "" {
+		if _, err := fmt.Sscan(fds, &s.epfd, &s.listener); err != nil {
+			panic(err)
+		}
+		s.loop()
+	}
 	var err error
-	if s.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+	if s.epfd, err = unix.EpollCreate1(0); err != nil {
 		panic(err)
 	}
-	if s.listener, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
+	if s.listener, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, 0); err != nil {
 		panic(err)
 	}
 	if err = unix.Bind(s.listener, &unix.SockaddrUnix{Name: os.Getenv(floorEnv)}); err != nil {
@@ -54,6 +64,23 @@ func floor() {
 		panic(err)
 	}
 	s.watch(s.listener)
+	s.loop()
+}
+
+// againEnv has the numbers of the epoll set and the listener, if the server has started itself again.
+const againEnv = "VIRTLOCKD_BENCH_AGAIN"
+
+// again is the floor of a live upgrade: everything that is open stays open, and another program goes on. Locks are not taken over.
+func (s *floorServer) again() {
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGUSR1)
+	env := append(os.Environ(), fmt.Sprintf("%s=%d %d", againEnv, s.epfd, s.listener))
+	<-asked
+	panic(syscall.Exec("/proc/self/exe", os.Args, env))
+}
+
+func (s *floorServer) loop() {
+	go s.again()
 	var ev unix.EpollEvent
 	for {
 		n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_WAIT, uintptr(s.epfd), uintptr(unsafe.Pointer(&ev)), 1, ^uintptr(0), 0, 0)
@@ -75,7 +102,7 @@ func (s *floorServer) watch(fd int) {
 }
 
 func (s *floorServer) accept() {
-	fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(s.listener), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
+	fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(s.listener), 0, 0, 0, 0, 0)
 	if errno == 0 {
 		s.watch(int(fd))
 	}

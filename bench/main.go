@@ -103,6 +103,10 @@ func (b *bench) main(only, jsonFile, svgFile string) error {
 		b.c = ""
 	}
 	settle()
+	if err := adopt(); err != nil {
+		return err
+	}
+	defer endAll()
 	if b.dir, err = os.MkdirTemp(b.dir, "virtlockd-bench-"); err != nil {
 		return err
 	}
@@ -111,8 +115,9 @@ func (b *bench) main(only, jsonFile, svgFile string) error {
 	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM)
 	go func() {
 		<-interrupted
+		endAll()
 		os.RemoveAll(b.dir)
-		os.Exit(1) // the daemons are killed with the threads that started them
+		os.Exit(1)
 	}()
 	if b.disk, err = fileSystem(b.dir); err != nil {
 		return err

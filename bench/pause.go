@@ -4,14 +4,15 @@ package main
 
 import (
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // lossAfter is how long a request may be without reply before another connection asks, too: the C daemon forgets
-// requests that it has half read when it starts itself again.
-const lossAfter = 50 * time.Millisecond
+// requests that it has half read when it starts itself again. So its time is too long by so much at most.
+const lossAfter = 5 * time.Millisecond
 
 // pause makes the daemon start itself again and returns the longest time without any reply, in s. Requests are
 // registrations, which connections new and old can make.
@@ -19,17 +20,19 @@ func (t *subject) pause() float64 {
 	request := owner(t.guest.PID())
 	first := t.client()
 	cs := []*client{first}
-	signalled := make(chan struct{})
+	var over atomic.Bool
+	wait := func() {}
 	var longest int64
 	err := onThread(-1, func() error {
 		last := clock()
-		for n := 0; ; n++ {
+		for n := 0; !over.Load(); n++ {
 			if n == 100 {
-				go func() {
+				longest = 0
+				wait = t.s.beside(func() {
+					defer over.Store(true)
 					t.upgrade()
 					time.Sleep(100 * time.Millisecond)
-					close(signalled)
-				}()
+				})
 			}
 			if err := cs[0].send(request); err != nil {
 				return err
@@ -45,13 +48,10 @@ func (t *subject) pause() float64 {
 				// Replies may still come on the others.
 				cs = []*client{c}
 			}
-			select {
-			case <-signalled:
-				return nil
-			default:
-			}
 		}
+		return nil
 	})
+	wait()
 	t.s.must(err)
 	return float64(longest) / 1e9
 }

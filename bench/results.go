@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -51,21 +52,26 @@ func (u unit) format(v float64) string {
 
 // goal of a row.
 type goal struct {
-	// AtMostC and AtLeastC are factors of what the C daemon needs, AtMostBase of our own without the load, AtMost is a value.
+	// AtMostC and AtLeastC are factors of what the C daemon needs, AtMostBase of our own without the load, which Base names. AtMost is a
+	// value.
 	AtMostC    float64 `json:"at_most_c,omitempty"`
 	AtLeastC   float64 `json:"at_least_c,omitempty"`
 	AtMostBase float64 `json:"at_most_base,omitempty"`
+	Base       string  `json:"base,omitempty"`
 	AtMost     float64 `json:"at_most,omitempty"`
 }
 
-func atMostC(f float64) goal    { return goal{AtMostC: f} }
-func atLeastC(f float64) goal   { return goal{AtLeastC: f} }
-func atMostBase(f float64) goal { return goal{AtMostBase: f} }
-func atMost(v float64) goal     { return goal{AtMost: v} }
+func atMostC(f float64) goal                 { return goal{AtMostC: f} }
+func atLeastC(f float64) goal                { return goal{AtLeastC: f} }
+func atMostBase(f float64, base string) goal { return goal{AtMostBase: f, Base: base} }
+func atMost(v float64) goal                  { return goal{AtMost: v} }
 
 // both goals have to be reached.
 func both(a, b goal) goal {
-	return goal{max(a.AtMostC, b.AtMostC), max(a.AtLeastC, b.AtLeastC), max(a.AtMostBase, b.AtMostBase), max(a.AtMost, b.AtMost)}
+	return goal{
+		AtMostC: max(a.AtMostC, b.AtMostC), AtLeastC: max(a.AtLeastC, b.AtLeastC),
+		AtMostBase: max(a.AtMostBase, b.AtMostBase), Base: cmp.Or(a.Base, b.Base), AtMost: max(a.AtMost, b.AtMost),
+	}
 }
 
 // row is one line of the table. The values are one for each round.
@@ -105,6 +111,9 @@ func ratio(a, b []float64) float64 {
 	return median(ratios)
 }
 
+// enough rounds to judge a value by their median. A ratio, which does not drift, needs fewer.
+const enough = 5
+
 // verdict tells what the goal is, and whether it is reached. Without the C daemon goals against it are not judged.
 func (r *row) verdict() (text, result string) {
 	var texts []string
@@ -121,8 +130,7 @@ func (r *row) verdict() (text, result string) {
 	g, against := r.Goal, ratio(r.Values[ours], r.Values[cOne])
 	known := !math.IsNaN(against)
 	if g.AtMost > 0 {
-		m := median(r.Values[ours])
-		judge("<= "+r.Unit.format(g.AtMost), !math.IsNaN(m), m <= g.AtMost)
+		judge("<= "+r.Unit.format(g.AtMost), len(r.Values[ours]) >= enough, median(r.Values[ours]) <= g.AtMost)
 	}
 	if g.AtMostC > 0 {
 		judge(fmt.Sprintf("<= %.2g x C", g.AtMostC), known, against <= g.AtMostC)
@@ -132,7 +140,7 @@ func (r *row) verdict() (text, result string) {
 	}
 	if g.AtMostBase > 0 {
 		f := ratio(r.Values[ours], r.Base)
-		judge(fmt.Sprintf("<= %.2g x own at 0 (%.2f)", g.AtMostBase, f), !math.IsNaN(f), f <= g.AtMostBase)
+		judge(fmt.Sprintf("<= %.2g x own %s (%.2f)", g.AtMostBase, g.Base, f), !math.IsNaN(f), f <= g.AtMostBase)
 	}
 	return strings.Join(texts, ", "), result
 }

@@ -46,10 +46,7 @@ func (b *bench) pairRows(what string, p50, cpu goal) []*row {
 
 // measured returns the values of pairRows.
 func (t *subject) measured(load func() (*samples, error)) []float64 {
-	pid := t.d.PID()
-	if t.kept != 0 {
-		pid = t.kept
-	}
+	pid := t.process()
 	before, err := cpuTime(pid)
 	t.s.must(err)
 	switches := contextSwitches(pid)
@@ -189,7 +186,7 @@ func (b *bench) curve(s *scope, name string, points []int, load func(s *scope, k
 		return []float64{pairs.quantile(0.5), connects.quantile(0.5)}
 	}
 	for _, n := range points {
-		flat := atMostBase(1.1)
+		flat := atMostBase(1.1, "at 0")
 		if n == 0 {
 			flat = goal{}
 		}
@@ -251,51 +248,6 @@ func (b *bench) heldLocks(s *scope) {
 	})
 }
 
-// memory at rest, and of each client and lock.
-func (b *bench) memory(s *scope) {
-	b.results.section(fmt.Sprintf("memory, %d s after the load", b.pick(1, 10)))
-	kinds := b.daemons() // the floor keeps nothing
-	clients, locks := b.pick(1000, 4000), 10000
-	pss, private := b.results.row("at rest, PSS", bytesUnit, atMost(6<<20)), b.results.row("at rest, private", bytesUnit, goal{})
-	perClient := b.results.row(fmt.Sprintf("private per idle client (%d)", clients), bytesUnit, atMost(2.5*1024))
-	perLock := b.results.row(fmt.Sprintf("private per held lock (%d)", locks), bytesUnit, atMost(0.6*1024))
-	manyPSS := b.results.row(fmt.Sprintf("with %d idle clients, PSS", clients), bytesUnit, goal{})
-	heldPSS := b.results.row(fmt.Sprintf("with %d held locks, PSS", locks), bytesUnit, goal{})
-	read := func(t *subject) use {
-		u, err := memoryOf(t.d.PID())
-		s.must(err)
-		return u
-	}
-	for range b.pick(1, 3) {
-		s.part(func(s *scope) {
-			c, l := map[kind]*subject{}, map[kind]*subject{}
-			for _, k := range kinds {
-				c[k], l[k] = b.start(s, k, false), b.start(s, k, false)
-			}
-			b.rest()
-			restC, restL := map[kind]use{}, map[kind]use{}
-			for _, k := range kinds {
-				restC[k], restL[k] = read(c[k]), read(l[k])
-				pss.add(k, restC[k].pss)
-				private.add(k, restC[k].private)
-				c[k].connect(clients)
-				l[k].lock(locks)
-			}
-			b.rest()
-			for _, k := range kinds {
-				with := read(c[k])
-				perClient.add(k, (with.private-restC[k].private)/float64(clients))
-				manyPSS.add(k, with.pss)
-				with = read(l[k])
-				perLock.add(k, (with.private-restL[k].private)/float64(locks))
-				heldPSS.add(k, with.pss)
-				c[k].stop()
-				l[k].stop()
-			}
-		})
-	}
-}
-
 // startUp: from before fork to the first reply.
 func (b *bench) startUp(s *scope) {
 	b.results.section("start")
@@ -335,10 +287,14 @@ func (b *bench) upgrade(s *scope) {
 		row := b.results.row(fmt.Sprintf("%d locks, %d clients", load.locks, load.clients), seconds, atMostC(0.2))
 		s.part(func(s *scope) {
 			subjects := map[kind]*subject{}
-			for _, k := range b.daemons() {
+			kinds := b.daemons()
+			if load.locks == 0 { // the floor takes none over
+				kinds = b.kinds()
+			}
+			for _, k := range kinds {
 				subjects[k], _ = b.loaded(s, k, false, load.clients, load.locks)
 			}
-			b.alternate(b.daemons(), b.pick(5, 9), func(k kind) []float64 { return []float64{subjects[k].pause()} }, row)
+			b.alternate(kinds, b.pick(5, 9), func(k kind) []float64 { return []float64{subjects[k].pause()} }, row)
 			for _, t := range subjects {
 				t.stop()
 			}
@@ -380,15 +336,11 @@ func (b *bench) stall(t *subject, c *client, event func()) float64 {
 	if _, err := repeat(-1, 20*time.Millisecond, c.pair); err != nil {
 		t.s.Fatal(err)
 	}
-	begun, done := make(chan struct{}), make(chan struct{})
 	var over atomic.Bool
-	go func() {
-		defer close(done)
+	wait := t.s.beside(func() {
 		defer over.Store(true)
-		close(begun)
 		event()
-	}()
-	<-begun
+	})
 	longest := int64(0)
 	pair := func() error {
 		begin := clock()
@@ -401,17 +353,20 @@ func (b *bench) stall(t *subject, c *client, event func()) float64 {
 		last = over.Load() // there is one span more, of what comes after
 		_, err = repeat(-1, time.Duration(b.pick(60, 300))*time.Millisecond, pair)
 	}
-	<-done
+	wait()
 	if err != nil {
 		t.s.Fatalf("%v\n%s", err, host.Shorten(t.d.Stderr()))
 	}
 	return float64(longest) / 1e9
 }
 
+// others is what storm, hangs and deaths measure.
+const others = "longest pair of another client"
+
 // storm: many clients go at once.
 func (b *bench) storm(s *scope) {
 	const clients = 4000
-	b.results.section("longest pair of another client")
+	b.results.section(others)
 	row := b.results.row(fmt.Sprintf("while %d clients disconnect at once", clients), seconds, atMost(10e-3))
 	b.alternateFew(b.kinds(), b.pick(3, 5), b.pick(1, 5), func(k kind) (v []float64) {
 		s.part(func(s *scope) {
@@ -424,64 +379,89 @@ func (b *bench) storm(s *scope) {
 	}, row)
 }
 
-// hangs: a disk does not answer.
+// hangs: disks do not answer.
 func (b *bench) hangs(s *scope) {
-	const dir = "/tmp/slow"
+	b.results.section(others)
 	for _, c := range []struct {
-		what    string
-		op      slowdisk.Op
-		clients int
+		what  string
+		op    slowdisk.Op
+		calls int
+		disks int
+		hung  int // of the calls, so many at the disks; the others wait for their turn
 	}{
-		{"while an open() hangs", slowdisk.Open, 1},
-		{"while a lock call hangs", slowdisk.Lock, 1},
-		{"while 200 calls hang", slowdisk.Open, 200},
+		{"while an open() hangs", slowdisk.Open, 1, 1, 1},
+		{"while a lock call hangs", slowdisk.Lock, 1, 1, 1},
+		{"while 200 requests wait for a disk that hangs", slowdisk.Open, 200, 1, 32},
+		{"while 200 calls hang, at 7 disks", slowdisk.Open, 200, 7, 200},
 	} {
 		stalls := b.results.row(c.what, seconds, atMost(5e-3))
 		stalls.Note = "C: as long as the disk hangs"
 		var worker *row
-		if c.clients == 1 && c.op == slowdisk.Open {
+		if c.calls == 1 && c.op == slowdisk.Open {
 			worker = b.results.row("memory of a worker process, private", bytesUnit, atMost(1.5*(1<<20)))
 		}
+		long := time.Duration(b.pick(150, 1000)) * time.Millisecond
 		b.alternateFew(b.kinds(), b.pick(3, 5), b.pick(1, 5), func(k kind) (v []float64) {
 			s.part(func(s *scope) {
 				t := b.start(s, k, false)
 				if k == bare {
 					// It would hang, too: this is the machine's own delay.
-					v = []float64{b.stall(t, b.workers(t, place{}, 1)[0], func() {})}
+					v = []float64{b.stall(t, b.workers(t, place{}, 1)[0], func() { time.Sleep(long) })}
 					return
 				}
-				disk := slowdisk.Mount(s, t.h, dir, slowdisk.Options{Locks: c.op == slowdisk.Lock})
+				var disks []*slowdisk.Disk
+				for i := range c.disks {
+					disks = append(disks, slowdisk.Mount(s, t.h, fmt.Sprint("/tmp/slow", i), slowdisk.Options{Locks: c.op == slowdisk.Lock}))
+				}
 				probe := b.workers(t, place{}, 1)[0]
 				var hung []*client
-				for i := range c.clients {
-					name := fmt.Sprintf("disk%d", i)
-					disk.Add(name)
+				for i := range c.calls {
+					name := fmt.Sprint("disk", i)
+					disks[i%c.disks].Add(name)
 					h := t.client()
-					h.resource("", dir+"/"+name, 0)
+					h.resource("", fmt.Sprintf("/tmp/slow%d/%s", i%c.disks, name), 0)
 					hung = append(hung, h)
 				}
-				disk.Hang(c.op)
+				for _, d := range disks {
+					d.Hang(c.op)
+				}
+				want := c.hung
+				if k == cOne {
+					want = 1 // it does one thing at a time
+				}
 				v = []float64{b.stall(t, probe, func() {
 					for _, h := range hung {
-						if err := h.send(h.acquire); err != nil {
-							return
-						}
+						s.must(h.send(h.acquire))
 					}
-					disk.AwaitHang(c.op)
-					time.Sleep(time.Duration(b.pick(150, 1000)) * time.Millisecond)
-					disk.Resume(c.op)
+					got := 0
+					if !host.Eventually(func() bool {
+						got = 0
+						for _, d := range disks {
+							got += d.Waiting(c.op)
+						}
+						return got >= want
+					}) {
+						s.Fatalf("%d calls hang; want %d", got, want)
+					}
+					time.Sleep(long)
+					for _, d := range disks {
+						d.Resume(c.op)
+					}
 				})}
 				for _, h := range hung {
-					// Beyond the limit of calls on one mount they are refused.
-					if err := h.recv(); err == nil {
-						s.must(h.call(h.release))
-					}
+					s.must(h.recv())
+					s.must(h.call(h.release))
 				}
 				if worker != nil && k == ours {
-					for _, pid := range children(t.d.PID()) {
-						if u, err := memoryOf(pid); err == nil {
-							worker.add(k, u.private)
-						}
+					b.rest()
+					pids := children(t.d.PID())
+					if len(pids) == 0 {
+						s.Fatal("there is no worker process")
+					}
+					for _, pid := range pids {
+						u, err := memoryOf(pid)
+						s.must(err)
+						worker.add(k, u.private)
 					}
 				}
 			})
@@ -494,16 +474,17 @@ func (b *bench) hangs(s *scope) {
 // the full form. The quick one has no time for that.
 func (b *bench) deaths(s *scope) {
 	const file = host.Data + "/theirs"
+	b.results.section(others)
 	for _, c := range []struct {
 		what    string
 		options host.ProcessOptions
 		ignores bool
-		takes   time.Duration
 	}{
-		{"obeys SIGTERM", host.ProcessOptions{}, false, 0},
-		{"ignores SIGTERM", host.ProcessOptions{}, true, 1600 * time.Millisecond},
-		{"becomes a zombie", host.ProcessOptions{Zombie: true}, false, 0},
+		{"obeys SIGTERM", host.ProcessOptions{}, false},
+		{"ignores SIGTERM", host.ProcessOptions{}, true},
+		{"becomes a zombie", host.ProcessOptions{Zombie: true}, false},
 	} {
+		var took time.Duration // with ours, which comes before the floor first
 		row := b.results.row("while a dying owner "+c.what, seconds, atMost(5e-3))
 		roundsOfC := b.pick(1, 5)
 		if c.options.Zombie {
@@ -516,7 +497,7 @@ func (b *bench) deaths(s *scope) {
 				if k == bare {
 					v = []float64{b.stall(t, probe, func() {
 						if b.full {
-							time.Sleep(c.takes)
+							time.Sleep(took)
 						}
 					})}
 					return
@@ -531,8 +512,12 @@ func (b *bench) deaths(s *scope) {
 				}
 				over := false
 				v = []float64{b.stall(t, probe, func() {
+					begin := clock()
 					conn.Close()
 					over = host.Eventually(func() bool { return p.Dead() && t.h.Free(file, true) })
+					if k == ours {
+						took = time.Duration(clock() - begin)
+					}
 				})}
 				if !over {
 					s.Fatalf("an owner that %s does not end, or its lock is never free", c.what)

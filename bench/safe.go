@@ -21,6 +21,7 @@ func (b *bench) kept(s *scope, pinned bool) *subject {
 	// In order: each of the two would start the other again.
 	s.Cleanup(func() { t.d.Stop() })
 	t.addGuest()
+	t.kept = t.daemon()
 	return t
 }
 
@@ -43,7 +44,7 @@ func (b *bench) safety(s *scope) {
 			continue
 		}
 		rows := []*row{
-			b.results.row(p.name+", p50", seconds, both(atMostC(0.8), atMostBase(1.3))),
+			b.results.row(p.name+", p50", seconds, both(atMostC(0.8), atMostBase(1.3, "without a keeper"))),
 			b.results.row(p.name+", daemon's CPU per pair", seconds, atMostC(0.8)),
 		}
 		if !b.full {
@@ -104,36 +105,23 @@ func (b *bench) withKeeper(s *scope, pinned bool) map[kind]*subject {
 			subjects[k] = b.start(s, k, pinned)
 			continue
 		}
-		t := b.kept(s, pinned)
-		t.kept = t.daemon()
-		subjects[k] = t
+		subjects[k] = b.kept(s, pinned)
 	}
 	return subjects
 }
 
-// recovery: from kill -9 to the first reply on a connection that was there before, and memory.
+// recovery: from kill -9 to the first reply on a connection that was there before.
 func (b *bench) recovery(s *scope) {
 	b.results.section("kill -9")
 	row := b.results.row("5000 locks, 1000 clients: start of the next process to the first reply", seconds, atMost(150e-3))
 	whole := b.results.row("the same from the kill on", seconds, goal{})
-	keeper := b.results.row("private memory of the keeper", bytesUnit, atMost(1.5*(1<<20)))
-	daemon := b.results.row("PSS of the daemon beside it, at rest", bytesUnit, atMost(6<<20))
 	const locks, clients = 5000, 1000
-	for r := range b.pick(3, 5) {
+	for range b.pick(3, 5) {
 		v, err := install(locks, clients)
 		s.must(err)
 		row.add(bare, v)
 		s.part(func(s *scope) {
 			t := b.kept(s, false)
-			if r == 0 || b.full { // the quick form has no time for more
-				b.rest()
-				u, err := memoryOf(t.d.PID())
-				s.must(err)
-				keeper.add(ours, u.private)
-				u, err = memoryOf(t.daemon())
-				s.must(err)
-				daemon.add(ours, u.pss)
-			}
 			t.lock(locks)
 			t.connect(clients)
 			c := t.client()
@@ -214,7 +202,7 @@ func (b *bench) listing(s *scope) {
 		return
 	}
 	b.results.section("while virtlockctl lists the locks")
-	row := b.results.row(fmt.Sprintf("pair beside %d locks, p99", locks), seconds, atMostBase(1.2))
+	row := b.results.row(fmt.Sprintf("pair beside %d locks, p99", locks), seconds, atMostBase(1.2, "without a list"))
 	without := b.results.row("pair without a list, p99", seconds, goal{})
 	took := b.results.row("one such list", seconds, goal{})
 	t, machine := b.start(s, ours, false), b.start(s, bare, false)

@@ -53,6 +53,20 @@ func (s *scope) cleanUp() {
 	s.cleanups = nil
 }
 
+// beside runs f on another goroutine. wait returns when f has ended, and fails as f has.
+func (s *scope) beside(f func()) (wait func()) {
+	ended := make(chan any, 1)
+	go func() {
+		defer func() { ended <- recover() }()
+		f()
+	}()
+	return func() {
+		if failed := <-ended; failed != nil {
+			panic(failed)
+		}
+	}
+}
+
 // must ends the scope if there is an error.
 func (s *scope) must(err error) {
 	if err != nil {

@@ -47,10 +47,18 @@ type subject struct {
 	h    *host.Host
 	d    *host.Daemon
 	sock string // for dial
-	kept int    // the daemon's process where d is its keeper; else 0
+	kept int    // the daemon's first process where d is its keeper; else 0
 	// guest is a process that has registered itself and keeps its connection, as QEMU does. Others lock for it, as
 	// libvirtd does.
 	guest *host.Process
+}
+
+// process is the daemon's own, also where a keeper has started that.
+func (t *subject) process() int {
+	if t.kept != 0 {
+		return t.kept
+	}
+	return t.d.PID()
 }
 
 // config for both daemons. All clients of a test machine's descriptor limit are let in.
