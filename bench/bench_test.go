@@ -10,8 +10,11 @@ import (
 	"io"
 	"math"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,7 +29,60 @@ func TestMain(m *testing.M) {
 	if os.Getenv(idleEnv) != "" {
 		idle()
 	}
+	if os.Getenv(mainEnv) != "" {
+		main()
+		os.Exit(0)
+	}
 	host.Main(m)
+}
+
+// mainEnv makes the test binary the benchmark.
+const mainEnv = "VIRTLOCKD_BENCH_MAIN"
+
+// Nothing that was started outlives an interrupted run, a daemon and its keeper neither, which start each other again.
+func TestInterrupted(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("a private mount namespace needs root")
+	}
+	program, err := os.ReadFile(host.Ours(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := filepath.Join(t.TempDir(), "virtlockd")
+	if err := os.WriteFile(own, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	running := func() (pids []int) {
+		all, _ := filepath.Glob("/proc/[0-9]*")
+		for _, p := range all {
+			exe, err := os.Readlink(p + "/exe")
+			if pid, _ := strconv.Atoi(filepath.Base(p)); err == nil && exe == own {
+				pids = append(pids, pid)
+			}
+		}
+		return pids
+	}
+	cmd := exec.Command("/proc/self/exe", "-ours", own, "-c", "/nonexistent", "-dir", t.TempDir(), "-run", "^safety$")
+	cmd.Env = append(os.Environ(), mainEnv+"=1")
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	const most = 3 // a daemon without a keeper, and one with
+	if !host.Eventually(func() bool { return len(running()) == most }) {
+		t.Errorf("%d daemons and keepers run; want %d", len(running()), most)
+	}
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Errorf("an interrupted run ends well:\n%s", &output)
+	}
+	if left := running(); len(left) > 0 {
+		t.Errorf("the processes %v are left", left)
+	}
 }
 
 // The loops that measure are right about what they did, here with the floor, which answers like a daemon.

@@ -396,11 +396,7 @@ func (b *bench) hangs(s *scope) {
 	} {
 		stalls := b.results.row(c.what, seconds, atMost(5e-3))
 		stalls.Note = "C: as long as the disk hangs"
-		var worker *row
-		if c.calls == 1 && c.op == slowdisk.Open {
-			worker = b.results.row("memory of a worker process, private", bytesUnit, atMost(1.5*(1<<20)))
-		}
-		long := time.Duration(b.pick(150, 1000)) * time.Millisecond
+		long := time.Duration(b.pick(150, 500)) * time.Millisecond
 		b.alternateFew(b.kinds(), b.pick(3, 5), b.pick(1, 5), func(k kind) (v []float64) {
 			s.part(func(s *scope) {
 				t := b.start(s, k, false)
@@ -452,21 +448,47 @@ func (b *bench) hangs(s *scope) {
 					s.must(h.recv())
 					s.must(h.call(h.release))
 				}
-				if worker != nil && k == ours {
-					b.rest()
-					pids := children(t.d.PID())
-					if len(pids) == 0 {
-						s.Fatal("there is no worker process")
-					}
-					for _, pid := range pids {
-						u, err := memoryOf(pid)
-						s.must(err)
-						worker.add(k, u.private)
-					}
-				}
 			})
 			return v
 		}, stalls)
+	}
+	b.idleWorkers(s)
+}
+
+// idleWorkers: what the processes need that have worked for a slow disk, and wait for more to do.
+func (b *bench) idleWorkers(s *scope) {
+	row := b.results.row("memory of a worker process, private", bytesUnit, atMost(1.5*(1<<20)))
+	s.part(func(s *scope) {
+		t := b.start(s, ours, false)
+		disk := slowdisk.Mount(s, t.h, "/tmp/slow", slowdisk.Options{})
+		var cs []*client
+		disk.Hang(slowdisk.Open)
+		for i := range enough {
+			disk.Add(fmt.Sprint(i))
+			c := t.client()
+			c.resource("", fmt.Sprint("/tmp/slow/", i), 0)
+			s.must(c.send(c.acquire))
+			cs = append(cs, c)
+		}
+		if !host.Eventually(func() bool { return disk.Waiting(slowdisk.Open) == enough }) {
+			s.Fatalf("%d calls hang; want %d", disk.Waiting(slowdisk.Open), enough)
+		}
+		disk.Resume(slowdisk.Open)
+		for _, c := range cs {
+			s.must(c.recv())
+		}
+		b.rest()
+		for _, pid := range children(t.d.PID()) {
+			u, err := memoryOf(pid)
+			s.must(err)
+			row.add(ours, u.private)
+		}
+		for _, c := range cs {
+			s.must(c.call(c.release))
+		}
+	})
+	if n := len(row.Values[ours]); n != enough {
+		s.Fatalf("there are %d worker processes; want %d", n, enough)
 	}
 }
 
