@@ -13,8 +13,13 @@ import (
 )
 
 // The kernel gives a signal to the first thread of a process if it can (complete_signal, Linux 6.1; signal(7) promises none), and to no other
-// while that hangs in a call on a disk. So that thread is main's own, and main only waits for what there is to do.
-func init() { runtime.LockOSThread() }
+// while that hangs in a call on a disk. So that thread is main's own, and main only waits for what there is to do. A worker, which is in such
+// calls alone, gets no signals.
+func init() {
+	if !filelock.IsWorker() {
+		runtime.LockOSThread()
+	}
+}
 
 func main() {
 	if filelock.IsWorker() {

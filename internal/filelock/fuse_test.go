@@ -8,6 +8,7 @@ import (
 	"log"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -360,6 +361,49 @@ func TestHungCallsTakeNoThreads(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// When a disk answers again, some of its workers stay for what comes next, and the others end.
+func TestWorkersEnd(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	g := newGated(t)
+	const calls = 3 * maxIdle
+	f := newFiles(t, Config{MaxWorkersPerMount: calls})
+	var paths []string
+	for i := range calls {
+		paths = append(paths, makeFile(t, fmt.Sprint(g.dir, "/disk", i), ""))
+	}
+	g.want("ok", "hang", "open")
+	var all []<-chan error
+	for _, path := range paths {
+		all = append(all, background(func() error {
+			l, err := f.Lock(path, Exclusive, false, nil)
+			if err != nil {
+				return err
+			}
+			return l.Release(l.path, nil)
+		}))
+	}
+	g.eventually(fmt.Sprint(calls), "waiting")
+	// One that does not end must not keep the others.
+	first, err := strconv.Atoi(workers()[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.want("ok", "free", "open")
+	for _, result := range all {
+		if err := <-result; err != nil {
+			t.Error(err)
+		}
+	}
+	_ = unix.Kill(first, unix.SIGSTOP) // it may have ended
+	eventually(t, "as many workers as may be idle, and one that is stopped", func() bool { return len(workers()) <= maxIdle+1 })
+	_ = unix.Kill(first, unix.SIGCONT)
+	eventually(t, "as many workers as may be idle", func() bool { return len(workers()) == maxIdle })
+	f.Close()
+	noWorkers(t)
 }
 
 // More calls than places wait while the others come back.

@@ -15,11 +15,14 @@ import (
 	"virtlockd/internal/vault"
 )
 
-// maxIdle is how many workers may wait for work; the others end at once.
+// maxIdle is how many workers may wait for work; the others end, one after the other.
 const maxIdle = 8
 
-// startTime is how long a new worker may keep others from being started.
-const startTime = 100 * time.Millisecond
+// startTime is how long a new worker may keep others from being started, and endTime how long one that ends keeps others from that.
+const (
+	startTime = 100 * time.Millisecond
+	endTime   = 100 * time.Millisecond
+)
 
 // pool starts workers, lends each to one call at a time, and ends them.
 //
@@ -46,6 +49,8 @@ type pool struct {
 	idle      []*worker // the last one was busy last
 	busy      map[*worker]bool
 	trim      *time.Timer // ends idle workers; nil: none is idle
+	thinning  bool        // thin runs
+	thinned   sync.WaitGroup
 }
 
 // mountUse is how much a mount, or block device, is in use.
@@ -107,6 +112,7 @@ func (p *pool) close() {
 	for _, w := range idle {
 		reap(w.pid)
 	}
+	p.thinned.Wait()
 }
 
 // call has a worker do r: w, or with nil any one. An error of type *Error
@@ -370,17 +376,46 @@ func (p *pool) takeIdle() (*worker, error) {
 // put takes back a worker that has answered.
 func (p *pool) put(w *worker) {
 	p.mu.Lock()
-	if p.closed || len(p.idle) >= maxIdle {
-		p.mu.Unlock()
-		p.end(w)
+	defer p.mu.Unlock()
+	if p.closed {
+		p.dispose(w)
 		return
 	}
-	defer p.mu.Unlock()
 	delete(p.busy, w)
 	w.idle = time.Now()
 	p.idle = append(p.idle, w)
 	if p.trim == nil {
 		p.trim = time.AfterFunc(p.idleAfter, p.trimIdle)
+	}
+	if len(p.idle) > maxIdle && !p.thinning {
+		p.thinning = true
+		p.thinned.Go(p.thin)
+	}
+}
+
+// thin ends idle workers until there are not too many. If hundreds ended in the same instant, when their disk answers again, everybody would
+// have to wait for a processor.
+func (p *pool) thin() {
+	for {
+		p.mu.Lock()
+		if p.closed || len(p.idle) <= maxIdle {
+			p.thinning = false
+			p.mu.Unlock()
+			return
+		}
+		w := p.idle[0]
+		p.idle = p.idle[1:]
+		p.mu.Unlock()
+		w.control.close()
+		ended := make(chan struct{})
+		go func() {
+			reap(w.pid)
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-time.After(endTime):
+		}
 	}
 }
 
