@@ -18,6 +18,7 @@ import (
 
 	"virtlockd/internal/inspect"
 	"virtlockd/test/host"
+	"virtlockd/test/slowdisk"
 	"virtlockd/test/wire"
 )
 
@@ -327,6 +328,35 @@ func TestEvents(t *testing.T) {
 	}
 	if r := ctl(t, h, "events", "--kind", "refused,killed"); strings.Count(r.out, "\n") != 3 {
 		t.Errorf("some events: %v", r)
+	}
+}
+
+// A guest that can't be killed, since it waits for a disk, keeps its locks until it has ended, and that is told.
+func TestOwnerCannotBeKilled(t *testing.T) {
+	t.Parallel()
+	h, d := start(t, host.Options{})
+	p, c := guest(t, h, d, "alpha")
+	disk := file(h, "disk")
+	must(t, c.Acquire("", disk, 0))
+	slow := slowdisk.Mount(t, h, "/tmp/slow", slowdisk.Options{})
+	slow.Add("image")
+	slow.Hang(slowdisk.Open)
+	p.Open("/tmp/slow/image")
+	slow.AwaitHang(slowdisk.Open)
+	c.Close()
+	if !host.Eventually(func() bool { return strings.Contains(d.Stderr(), "the killed owner does not end") }) {
+		t.Fatalf("nothing is said of a guest that does not end:\n%s", d.Stderr())
+	}
+	if p.Dead() || h.Free(disk, true) {
+		t.Errorf("dead: %v; its lock is free: %v", p.Dead(), h.Free(disk, true))
+	}
+	if !host.Eventually(func() bool { return strings.Contains(ctl(t, h, "events", "--kind", "killed").out, "(stuck)") }) {
+		t.Error("there is no event of a guest that does not end")
+	}
+	slow.Resume(slowdisk.Open)
+	p.Gone()
+	if !host.Eventually(func() bool { return h.Free(disk, true) }) {
+		t.Error("the lock of a guest that has ended is not free")
 	}
 }
 

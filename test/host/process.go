@@ -206,6 +206,12 @@ func (p *Process) Lock(path, kind string, start, length int64) {
 	p.do(order{Op: "lock", Path: path, Kind: kind, Start: start, Len: length})
 }
 
+// Open makes the process open a file, and does not wait for that, which may hang: it is the last thing that the process is told.
+func (p *Process) Open(path string) {
+	p.t.Helper()
+	p.send(order{Op: "open", Path: path})
+}
+
 // Unlock gives up all locks of the process.
 func (p *Process) Unlock() {
 	p.t.Helper()
@@ -245,13 +251,7 @@ func (p *Process) dial(op string, d *Daemon, socket string) *wire.Conn {
 // do sends an order and waits until it is carried out.
 func (p *Process) do(o order) (*os.File, int) {
 	p.t.Helper()
-	b, err := json.Marshal(o)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	if err := unix.Send(p.control, b, unix.MSG_NOSIGNAL); err != nil {
-		p.t.Fatalf("process %d: order %s: %v", p.pid, o.Op, err)
-	}
+	p.send(o)
 	a, f, err := p.receive()
 	if err == nil && a.Error != "" {
 		err = errors.New(a.Error)
@@ -260,6 +260,17 @@ func (p *Process) do(o order) (*os.File, int) {
 		p.t.Fatalf("process %d: %s %s: %v", p.pid, o.Op, o.Path, err)
 	}
 	return f, a.PID
+}
+
+func (p *Process) send(o order) {
+	p.t.Helper()
+	b, err := json.Marshal(o)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if err := unix.Send(p.control, b, unix.MSG_NOSIGNAL); err != nil {
+		p.t.Fatalf("process %d: order %s: %v", p.pid, o.Op, err)
+	}
 }
 
 func (p *Process) receive() (answer, *os.File, error) {
@@ -351,6 +362,8 @@ func agent() error {
 		switch o.Op {
 		case "ignore":
 			signal.Ignore(syscall.SIGTERM)
+		case "open":
+			_, err = unix.Open(o.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		case "lock":
 			var file int
 			if file, err = lock(o); err == nil {
