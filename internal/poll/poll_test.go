@@ -264,14 +264,20 @@ func TestHang(t *testing.T) {
 	begin := time.Now()
 	raise(t, fd)
 	await(t, answer, "an event beside a handler that hangs")
-	if took := time.Since(begin); took > time.Second {
-		t.Errorf("it took %s", took)
-	}
-	for range 20 {
-		if !p.before(&p.wary) {
-			t.Skip("this machine is too slow")
-		}
+	t.Logf("it took %s", time.Since(begin))
+	// How soon is soon depends on the machine: a handler that came too late is the first one again.
+	for soon, late := 0, 0; soon < 20; {
+		until := p.wary.Load()
 		stuck(t, p)
+		if p.ticks.Load() >= until {
+			if late++; late > 20 {
+				t.Fatal("a handler that hangs has no effect on the next ones")
+			}
+			raise(t, fd)
+			await(t, answer, "an event beside a handler that hangs")
+			continue
+		}
+		soon, late = soon+1, 0
 		if p.waiting.Load() == 0 {
 			t.Fatal("a handler is called while nobody waits for the next event")
 		}
