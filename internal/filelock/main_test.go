@@ -231,13 +231,16 @@ func apart(t *testing.T) bool {
 	cmd.Env = append(os.Environ(), env+"="+t.Name(), "GORACE=atexit_sleep_ms=0")
 	cmd.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
 	out, err := cmd.CombinedOutput()
+	ended := func(how string) bool { return bytes.Contains(out, []byte("--- "+how+": "+t.Name()+" ")) }
 	switch {
 	case err != nil:
 		t.Errorf("%v\n%s", err, out)
-	case !bytes.Contains(out, []byte("--- PASS: "+t.Name())):
+	case ended("PASS"):
+		t.Logf("%s", out)
+	case ended("SKIP"):
 		t.Skipf("%s", out)
 	default:
-		t.Logf("%s", out)
+		t.Errorf("nothing was tested:\n%s", out)
 	}
 	return false
 }
