@@ -14,7 +14,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"virtlockd/test/host"
 	"virtlockd/test/wire"
@@ -327,7 +326,7 @@ func (p *pair) same() {
 func (p *pair) sameBelow(dirs ...string) {
 	p.t.Helper()
 	var c, ours []string
-	equal := host.Within(3*time.Second, func() bool {
+	equal := host.Eventually(func() bool {
 		c, ours = p.c.state(dirs), p.ours.state(dirs)
 		return slices.Equal(c, ours)
 	})
