@@ -168,6 +168,7 @@ func (d *daemon) handOver(next *successor) {
 		if try == maxTries || !errors.Is(err, errHalf) && !errors.Is(err, errReload) && !errors.Is(err, errBusy) {
 			break
 		}
+		d.log.Info("SIGUSR1: live upgrade is tried again in a moment", "reason", err)
 		time.Sleep(retryPause)
 	}
 	if errors.Is(err, errReplaced) {

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -425,25 +424,36 @@ func TestHalfRequestForC(t *testing.T) { bothForms(t, host.Ours(t), nil, halfReq
 func halfRequestForC(t *testing.T, m *machine) {
 	locks := m.hold()
 	frame := wire.Request(wire.ProcAcquire, 5, wire.ResourceArgs("", host.Data+"/half", wire.Autocreate))
-	soon, never := m.owner(noOne, "soon"), m.owner(noOneElse, "never")
-	for _, c := range []*wire.Conn{soon, never} {
-		must(t, c.Send(frame[:30]))
-		must(t, m.owner(noOne, "fence").Ping())
+	waits := func() int { return m.countLines("live upgrade is tried again", "half received") }
+	for tries := 1; ; tries++ {
+		soon, never := m.owner(noOne, "soon"), m.owner(noOneElse, "never")
+		for _, c := range []*wire.Conn{soon, never} {
+			must(t, c.Send(frame[:30]))
+			must(t, m.owner(noOne, "fence").Ping())
+		}
+		m.turn(host.C(t))
+		mark, waited := m.mark(), waits()
+		m.send(syscall.SIGUSR1)
+		eventually(t, "the upgrade waits for the other half", func() bool { return waits() > waited })
+		// It waits for some 80 ms. The daemon may not read what is sent later, or we may stand still for so long.
+		sent := soon.Send(frame[30:])
+		m.await(mark)
+		m.isC = true
+		if _, err := never.Recv(); !errors.Is(err, wire.ErrClosed) {
+			t.Errorf("half a request is answered: %v", err)
+		}
+		m.says(" warning : ", "a client's connection ends", "30 bytes")
+		reply, err := soon.Recv()
+		if sent == nil && err == nil {
+			must(t, reply.Err())
+			must(t, soon.Release("", host.Data+"/half"))
+			break
+		}
+		if tries == 10 {
+			t.Fatalf("the upgrade does not wait for the other half of a request: %v, %v", sent, err)
+		}
+		m.hop(host.Ours(t))
 	}
-	m.turn(host.C(t))
-	mark := m.mark()
-	m.send(syscall.SIGUSR1)
-	time.Sleep(20 * time.Millisecond)
-	must(t, soon.Send(frame[30:]))
-	eventually(t, "upgrade", func() bool { return m.upgraded(mark) })
-	reply, err := soon.Recv()
-	must(t, err)
-	must(t, reply.Err())
-	if _, err := never.Recv(); !errors.Is(err, wire.ErrClosed) {
-		t.Errorf("half a request is answered: %v", err)
-	}
-	m.says(" warning : ", "a client's connection ends", "30 bytes")
-	must(t, soon.Release("", host.Data+"/half"))
 	locks.check(m)
 }
 
