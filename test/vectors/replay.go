@@ -60,8 +60,10 @@ func Run(t *testing.T, binary string, s Scenario, wanted map[int]Want) {
 		}
 		if step.Op == "close" {
 			r.d.Continue()
-			// Where the end of a connection has no effect there is nothing to wait for.
-			time.Sleep(50 * time.Millisecond)
+			// Where the end of a connection has no effect there is nothing else to wait for.
+			if !host.Eventually(func() bool { return host.InState(r.d.PID(), 'S') || !r.d.Alive() }) {
+				t.Fatalf("step %d: %s: the daemon is always busy", i, step)
+			}
 		}
 	}
 	switch {
@@ -152,7 +154,7 @@ func (r *replay) step(i int, s Step) error {
 // until repeats a look until it is satisfied: effects of a closed connection come when they come.
 func until(look func() error) error {
 	var err error
-	host.Within(3*time.Second, func() bool {
+	host.Eventually(func() bool {
 		err = look()
 		return err == nil
 	})
