@@ -776,14 +776,20 @@ func TestTimeout(t *testing.T) {
 func TestTimeoutIsKeptFromExpiring(t *testing.T) {
 	t.Parallel()
 	h := host.New(t)
-	d := h.Start(host.Ours(t), host.Options{Args: []string{"--timeout=1"}})
+	// Its first client has come before it starts, so that there is no second in which it has none.
+	files := []*os.File{listen(t, h, lockSocket), listen(t, h, adminSocket)}
+	admin, err := wire.Dial(h.Path(adminSocket), wire.AdminProgram)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(admin.Close)
+	d := h.Start(host.Ours(t), host.Options{Args: []string{"--timeout=1"}, Files: files, Activate: []string{}, NoWait: true})
 	lives := func(why string) {
 		t.Helper()
 		if host.Within(2500*time.Millisecond, func() bool { return !d.Alive() }) {
 			t.Fatalf("%s doesn't keep the daemon alive", why)
 		}
 	}
-	admin := d.Dial("admin")
 	lives("an admin client")
 	c := d.Client(strangerPID)
 	admin.Close()
