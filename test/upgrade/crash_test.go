@@ -35,7 +35,7 @@ func startKeptOn(t testing.TB, h *host.Host, binary string, args ...string) *mac
 // A daemon that ends by itself is not started again: its keeper ends too. So it is in a session, where libvirt gives it a timeout.
 func TestKeptTimeout(t *testing.T) {
 	t.Parallel()
-	m := startKept(t, "--timeout", "1")
+	m := startKept(t, "--timeout", "5") // time enough for its first client
 	locks := m.hold()
 	m.killKept()
 	locks.release(m)
