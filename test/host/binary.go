@@ -90,6 +90,9 @@ func Main(m *testing.M) {
 	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		panic(err)
 	}
+	if err := startReaper(); err != nil {
+		panic(err)
+	}
 	// These tests wait more than they compute. An explicit -parallel, which is parsed later, has its way.
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)

@@ -13,7 +13,6 @@ package host
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -57,7 +56,7 @@ type Host struct {
 	calls   chan func()
 	ended   chan struct{}
 	root    int            // O_PATH descriptor of the namespace's /
-	ns      fs.FileInfo    // identity of the namespace
+	ns      uint64         // number of the namespace
 	hidden  map[string]int // what lies beneath a private directory, as O_PATH descriptor
 	exposed map[string]bool
 	files   []int
@@ -152,7 +151,7 @@ func (h *Host) setup() error {
 	}
 	h.root = root
 	h.files = append(h.files, root)
-	h.ns, err = os.Stat("/proc/thread-self/ns/mnt")
+	h.ns, err = guard()
 	return err
 }
 
@@ -289,19 +288,9 @@ func (h *Host) expose(dir string) error {
 }
 
 // Processes returns the ids of all processes in the namespace, by /proc: also of those that a daemon started.
-func (h *Host) Processes() []int {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		h.t.Fatalf("host: %v", err)
-	}
-	var pids []int
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		ns, err := os.Stat(fmt.Sprintf("/proc/%d/ns/mnt", pid))
-		if err == nil && os.SameFile(ns, h.ns) {
+func (h *Host) Processes() (pids []int) {
+	for _, pid := range processes() {
+		if in(pid, h.ns) {
 			pids = append(pids, pid)
 		}
 	}
@@ -317,6 +306,9 @@ func (h *Host) close() {
 			h.t.Errorf("process %d is left behind: %q", pid, cmdline)
 			_ = unix.Kill(pid, unix.SIGKILL)
 		}
+	}
+	if err := unguard(h.ns); err != nil {
+		h.t.Errorf("host: %v", err)
 	}
 	close(h.calls)
 	<-h.ended

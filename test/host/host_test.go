@@ -3,8 +3,12 @@
 package host
 
 import (
+	"bufio"
+	"fmt"
 	"os"
+	"os/exec"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -99,5 +103,65 @@ func TestParseLocks(t *testing.T) {
 	}
 	if got, err := parseLocks(text, fileID{0xfd, 1, 17}); err != nil || len(got) != 1 || got[0].Start != "100" {
 		t.Errorf("got %v, %v", got, err)
+	}
+}
+
+// A test binary that is killed leaves nothing behind, neither a daemon that has upgraded itself, nor a keeper and its daemon.
+func TestKilledTestLeavesNothing(t *testing.T) {
+	const env = "VIRTLOCKD_TEST_KILLED"
+	if os.Getenv(env) != "" {
+		h := New(t)
+		upgraded, keeper := h.Start(Ours(t), Options{Config: "log_level = 2\n"}), New(t).Start(Ours(t), Options{Args: []string{"--keeper"}})
+		upgraded.Signal(unix.SIGUSR1)
+		if !Eventually(func() bool { return strings.Contains(upgraded.Stderr(), "this binary has taken over") }) {
+			t.Fatal(upgraded.Stderr())
+		}
+		fmt.Println("processes", upgraded.PID(), keeper.PID(), keeper.Kept())
+		select {}
+	}
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.timeout=120s")
+	cmd.Env = append(os.Environ(), env+"=1", "VIRTLOCKD_BINARY="+Ours(t))
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	var pids [3]int
+	_, err = fmt.Fscanf(bufio.NewReader(out), "processes %d %d %d", &pids[0], &pids[1], &pids[2])
+	left := map[int]int{}
+	for _, pid := range pids {
+		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+			left[pid] = fd
+			defer unix.Close(fd)
+		}
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Error(err)
+	}
+	if err != nil || len(left) != len(pids) {
+		t.Fatalf("processes %v: %v", pids, err)
+	}
+	if !Eventually(func() bool {
+		for pid, fd := range left {
+			if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); n > 0 {
+				delete(left, pid)
+			}
+		}
+		return len(left) == 0
+	}) {
+		t.Errorf("left behind: %v of upgraded, keeper, daemon %v", left, pids)
+		for pid := range left {
+			var st unix.Stat_t
+			if unix.Stat(fmt.Sprintf("/proc/%d/ns/mnt", pid), &st) == nil {
+				endAll(st.Ino)
+			}
+		}
 	}
 }

@@ -292,15 +292,24 @@ func (p *Process) receive() (answer, *os.File, error) {
 	if oobn == 0 {
 		return a, nil, nil
 	}
-	msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
+	fd, err := passed(oob[:oobn])
 	if err != nil {
 		return a, nil, err
+	}
+	return a, os.NewFile(uintptr(fd), "connection"), nil
+}
+
+// passed returns the descriptor that came with a message.
+func passed(oob []byte) (int, error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return -1, err
 	}
 	fds, err := unix.ParseUnixRights(&msgs[0])
 	if err != nil {
-		return a, nil, err
+		return -1, err
 	}
-	return a, os.NewFile(uintptr(fds[0]), "connection"), nil
+	return fds[0], nil
 }
 
 // play is what a started process does. It returns its exit status.
@@ -311,6 +320,8 @@ func play() int {
 		err = agent()
 	case "holder":
 		err = untilReleased()
+	case "reaper":
+		err = reap()
 	default:
 		err = fmt.Errorf("no part is called %q", part)
 	}
