@@ -98,6 +98,7 @@ type Status struct {
 	Workers    WorkerCount `json:"workers"`
 	Files      FileCount   `json:"files"`
 	Goroutines int         `json:"goroutines"` // 0: not known, as from an older daemon
+	HeapLive   uint64      `json:"heap_live"`  // bytes that the last collection of garbage left; 0: the same, or there was none yet
 
 	// Calls are those in progress on files, the oldest first; there are CallCount, of which only some are here.
 	Calls     []Call `json:"calls"`

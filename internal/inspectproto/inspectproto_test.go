@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -241,6 +242,24 @@ func TestGoroutines(t *testing.T) {
 	if now := count(); before == 0 || now != before+n {
 		t.Errorf("%d more than %d are %d", n, before, now)
 	}
+}
+
+func TestHeapLive(t *testing.T) {
+	f, c := newFixture(t), new(rpc.Client)
+	live := func() uint64 {
+		runtime.GC()
+		var s inspect.Status
+		if err := call(c, f.reader, inspect.ProcStatus, nil, &s); err != nil {
+			t.Fatal(err)
+		}
+		return s.HeapLive
+	}
+	before := live()
+	more := make([]byte, 16<<20)
+	if now := live(); before == 0 || now < before+uint64(len(more))/2 {
+		t.Errorf("%d bytes more than %d are %d", len(more), before, now)
+	}
+	runtime.KeepAlive(more)
 }
 
 func TestCheckAndEvents(t *testing.T) {

@@ -5,6 +5,7 @@ package inspectproto
 import (
 	"os"
 	"runtime"
+	"runtime/metrics"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +29,7 @@ func (p *reader) status() *inspect.Status {
 	s.Lockspaces, s.Locks.Exclusive, s.Locks.Shared = p.cfg.Table.Counts()
 	s.Workers.All, s.Workers.Busy = p.cfg.Files.Workers()
 	s.Files = openFiles()
-	s.Goroutines = runtime.NumGoroutine()
+	s.Goroutines, s.HeapLive = runtime.NumGoroutine(), heapLive()
 	for _, server := range p.cfg.Servers() {
 		s.Unstored += server.Unstored()
 		s.Servers = append(s.Servers, inspect.Server{
@@ -46,6 +47,16 @@ func (p *reader) status() *inspect.Status {
 		s.Counts = append(s.Counts, inspect.Count{Kind: c.Kind.String(), Reason: string(c.Reason), N: c.N})
 	}
 	return s
+}
+
+// heapLive unlike runtime.ReadMemStats stops nobody.
+func heapLive() uint64 {
+	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	metrics.Read(live)
+	if live[0].Value.Kind() != metrics.KindUint64 {
+		return 0 // a run-time that does not know it by this name
+	}
+	return live[0].Value.Uint64()
 }
 
 // openFiles counts the open files of this process, and says how many there may be. It takes no lock that others wait for.
