@@ -223,6 +223,7 @@ func (m *soaked) killAsking(i int) {
 // rest is what there is when there is nothing to do.
 type rest struct {
 	goroutines int // of the daemon
+	heapKiB    int // what is alive of the daemon's
 	daemon     counts
 	keeper     counts
 	workers    int
@@ -251,8 +252,9 @@ func (m *soaked) atRest() (r rest) {
 		r.keeper, err = countsOf(m.PID())
 		must(m.t, err)
 		r.daemon.descriptors -= len(workers)
-		s := m.status().Workers
-		return s.Busy == 0 && s.All == len(workers) && slices.Equal(workers, m.children())
+		s := m.status()
+		r.heapKiB = int(s.HeapLive >> 10)
+		return s.Workers.Busy == 0 && s.Workers.All == len(workers) && slices.Equal(workers, m.children())
 	})
 	return r
 }
@@ -271,11 +273,55 @@ func (r rest) like(before rest) bool {
 		r.workers <= workers && r.largest.descriptors <= max(before.largest.descriptors, workerFiles) && within(r.largest, before.largest)
 }
 
+// memory is how much the daemon and its keeper have, in KiB. What is alive tells of a leak that the free room in the heap would hide.
+func (r rest) memory() map[string]int {
+	return map[string]int{
+		"daemon's live heap": r.heapKiB, "daemon's private memory": r.daemon.privateKiB, "keeper's private memory": r.keeper.privateKiB,
+	}
+}
+
+// growth compares the second half of what was measured after equal pieces of work with the first one: by how much it is more on average, and
+// how much of that may be chance, as one differs from the next.
+func growth(kib []int) (by, chance int) {
+	const buffers = 256 // such as there is one more of when more clients than ever are served at a time
+	half := len(kib) / 2
+	for i, n := range kib {
+		if i < half {
+			by -= n
+		} else {
+			by += n
+		}
+		if i > 0 {
+			chance += max(n-kib[i-1], kib[i-1]-n)
+		}
+	}
+	return by / half, max(buffers, 2*chance/(len(kib)-1))
+}
+
+func TestGrowth(t *testing.T) {
+	t.Parallel()
+	// Of a daemon, 12,500 pairs from one to the next.
+	rests := []int{6992, 6804, 7028, 7156, 7032, 7076, 7284, 7332, 7048, 7252, 7000, 7624, 7300, 7340, 7156, 7016}
+	for leak := range 201 {
+		kib := slices.Clone(rests)
+		for i := range kib {
+			kib[i] += leak * i
+		}
+		by, chance := growth(kib)
+		if leak == 0 && by > chance || leak >= 50 && by <= chance {
+			t.Errorf("with %d KiB more each time: grows by %d, of which %d may be chance", leak, by, chance)
+		}
+	}
+	if by, chance := growth(make([]int, 16)); by != 0 || chance > 256 {
+		t.Errorf("of nothing: grows by %d, of which %d may be chance", by, chance)
+	}
+}
+
 // workerFiles is how many descriptors a worker has, with the two of its run-time.
 const workerFiles = 6
 
 // Work leaves nothing behind: pairs, connections that come and go, owners that are killed with their locks or within a request, on local
-// disks and on one for worker processes, crash safety on. SOAK is the number of pairs.
+// disks and on one for worker processes, crash safety on. SOAK is the number of pairs: of a million a byte shows that each leaves behind.
 func TestSoak(t *testing.T) {
 	const usual = 20_000
 	pairs := host.Number(t, "SOAK", usual)
@@ -283,7 +329,17 @@ func TestSoak(t *testing.T) {
 	m.work(usual) // what is made once is made, threads above all: as many as ever waited in the kernel at a time
 	before := m.atRest()
 	begin := time.Now()
-	m.work(pairs)
+	pieces := 1
+	if pairs > usual {
+		pieces = 16
+	}
+	memory := map[string][]int{} // in KiB, after each
+	for range pieces {
+		m.work(pairs / pieces)
+		for of, kib := range m.atRest().memory() {
+			memory[of] = append(memory[of], kib)
+		}
+	}
 	t.Logf("%d pairs took %v", pairs, time.Since(begin).Round(time.Second))
 	var now rest
 	same := host.Eventually(func() bool { now = m.atRest(); return now.like(before) })
@@ -293,6 +349,13 @@ func TestSoak(t *testing.T) {
 		t.Error("something is left")
 	}
 	if pairs > usual {
+		for of, kib := range memory {
+			by, chance := growth(kib)
+			t.Logf("KiB of the %s: %v; grows by %d, of which %d may be chance", of, kib, by, chance)
+			if by > chance {
+				t.Errorf("the %s grows", of)
+			}
+		}
 		const idleFor = 30 * time.Second // the daemon's patience with them
 		if !host.Within(idleFor+host.Patience, func() bool { now = m.atRest(); return now.workers == 0 && now.like(before) }) {
 			t.Error("workers stay although there is no work for them, or leave something")
