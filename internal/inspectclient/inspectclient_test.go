@@ -142,7 +142,7 @@ func TestBusy(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 3 {
-		c, err := Dial(t.Context(), path, time.Second)
+		c, err := Dial(t.Context(), path, 10*time.Second)
 		if errors.Is(err, ErrBusy) {
 			return
 		}
@@ -203,7 +203,7 @@ func TestNobodyThere(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	for _, path := range []string{filepath.Join(dir, "none"), filepath.Join(dir, "none/none")} {
-		if _, err := Dial(t.Context(), path, time.Second); !errors.Is(err, ErrNoDaemon) {
+		if _, err := Dial(t.Context(), path, 10*time.Second); !errors.Is(err, ErrNoDaemon) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
@@ -214,7 +214,7 @@ func TestNobodyThere(t *testing.T) {
 	}
 	l.SetUnlinkOnClose(false)
 	l.Close()
-	if _, err := Dial(t.Context(), stale, time.Second); !errors.Is(err, ErrNoDaemon) {
+	if _, err := Dial(t.Context(), stale, 10*time.Second); !errors.Is(err, ErrNoDaemon) {
 		t.Errorf("a stale socket: %v", err)
 	}
 }
