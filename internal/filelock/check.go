@@ -10,8 +10,6 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"virtlockd/internal/vault"
 )
 
 // Fault is something that is wrong with a lock that is held.
@@ -177,9 +175,7 @@ func (w *work) check(r request) reply {
 	var errno syscall.Errno
 	if len(r.fds) > 0 {
 		var err error
-		if fd, err = lyingIn(r.fds[0]); errors.Is(err, vault.ErrEmpty) {
-			return other(unix.EAGAIN)
-		} else if err != nil {
+		if fd, err = lyingIn(r.fds[0]); err != nil {
 			return other(cellErrno(err))
 		}
 	} else if fd, errno = openToLook(r.path); errno != 0 {

@@ -49,12 +49,14 @@ func lyingIn(cell int) (int, error) {
 	return fds[len(fds)-1], nil
 }
 
-// cellErrno returns the error number of a call on a cell; 0 without error, and if nothing lies there.
+// cellErrno returns the error number of a call on a cell; 0 without error.
 func cellErrno(err error) syscall.Errno {
 	var errno syscall.Errno
 	switch {
-	case err == nil || errors.Is(err, vault.ErrEmpty):
+	case err == nil:
 		return 0
+	case errors.Is(err, vault.ErrEmpty):
+		return unix.ENODATA
 	case errors.Is(err, vault.ErrTruncated):
 		return unix.EMFILE
 	case errors.As(err, &errno):

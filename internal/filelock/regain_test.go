@@ -129,6 +129,33 @@ func TestRegainStored(t *testing.T) {
 	mustRelease(t, again, "")
 }
 
+// A cell in which nothing lies can't be stored from: whoever is told that it was stored closes it.
+func TestStoreFromEmptyCell(t *testing.T) {
+	t.Parallel()
+	f := newFiles(t, Config{})
+	f.openat2 = false
+	path := makeFile(t, t.TempDir()+"/disk", "data")
+	v, err := vault.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.GiveUp()
+	cell, err := v.Take()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := mustLock(t, f, path, Exclusive, false)
+	vault.At(int(l.fd)).Empty()
+	hold := vault.Hold{Name: path}
+	if err := l.Store(cell, hold.Record(nil), -1); !errors.Is(err, unix.ENODATA) || !l.private {
+		t.Errorf("stored from an empty cell: %v; the lock has a cell of its own: %t", err, l.private)
+	}
+	if cell.Drop() {
+		t.Error("something was stored")
+	}
+	mustRelease(t, l, "")
+}
+
 // A POSIX lock is taken again through the descriptor that is there: another one could not be closed.
 func TestRegainPOSIX(t *testing.T) {
 	if !apart(t) {

@@ -3,6 +3,7 @@
 package filelock
 
 import (
+	"errors"
 	"os"
 	"os/signal"
 	"strconv"
@@ -276,8 +277,10 @@ func (w *work) release(r request) reply {
 	if len(r.fds) > 0 {
 		var err error
 		cmd = unix.F_OFD_SETLK
-		if fd, err = lyingIn(r.fds[0]); err != nil {
-			return other(cellErrno(err)) // none: it was released before, by a worker that then died
+		if fd, err = lyingIn(r.fds[0]); errors.Is(err, vault.ErrEmpty) {
+			return other(0) // it was released before, by a worker that then died
+		} else if err != nil {
+			return other(cellErrno(err))
 		}
 		// It leaves the cell last: whoever finds it there after a crash releases it again.
 		defer unix.Close(fd)

@@ -165,73 +165,70 @@ var ErrTruncated = errors.New("the limit of open files is reached; raise it (Lim
 var ErrEmpty = errors.New("nothing lies in the cell")
 
 // Peek opens the first n descriptors of the first message, close-on-exec, and leaves the message where it is. The caller owns them.
-// It does not block.
+// It does not block, and any number of processes may look at once.
 //
 // Errors: ErrEmpty; ErrTruncated.
-func (c *Cell) Peek(n int) ([]int, error) { return c.peekAt(0, n) }
-
-// peekAt is Peek for the message that begins so many bytes behind the first one.
-func (c *Cell) peekAt(at, n int) ([]int, error) {
+func (c *Cell) Peek(n int) ([]int, error) {
 	if n == 0 {
 		return nil, nil
 	}
-	defer c.peekFrom(-1)
-	if err := c.peekFrom(at); err != nil {
-		return nil, err
-	}
-	return c.first(n)
-}
-
-// first is Peek for a cell with one message, where MSG_PEEK looks, unless somebody who died had told it to look elsewhere: then there
-// is nothing.
-func (c *Cell) first(n int) ([]int, error) {
-	if n == 0 {
-		return nil, nil
-	}
-	var b [1]byte
 	// No room for more than n: the kernel installs what there is room for.
-	oob := make([]byte, unix.CmsgLen(4*n))
-	_, oobn, errno := receive(c.FD(), b[:], oob, unix.MSG_PEEK)
-	if errno == unix.EAGAIN {
-		return nil, ErrEmpty
-	}
-	if errno != 0 {
-		return nil, os.NewSyscallError("recvmsg", errno)
-	}
-	fds := Passed(oob[:oobn])
-	if len(fds) < n {
-		for _, fd := range fds {
-			unix.Close(fd)
-		}
-		return nil, ErrTruncated
-	}
-	return fds, nil
+	fds, _, err := c.first(make([]byte, unix.CmsgLen(4*n)))
+	return complete(fds, len(fds) == n, err)
 }
 
 // All is Peek for all descriptors of the first message, of which there is at least one.
 func (c *Cell) All() ([]int, error) {
+	var oob [64]byte // a usual message has at most two
+	fds, flags, err := c.first(oob[:])
+	return complete(fds, len(fds) > 0 && flags&unix.MSG_CTRUNC == 0, err)
+}
+
+// peekAt is Peek for the message that begins so many bytes behind the first one, where nobody else looks.
+func (c *Cell) peekAt(at, n int) ([]int, error) {
 	defer c.peekFrom(-1)
-	if err := c.peekFrom(0); err != nil {
+	if err := c.peekFrom(at); err != nil {
 		return nil, err
 	}
-	var b [1]byte
-	var oob [64]byte // a usual message has at most two
-	_, n, flags, _, err := unix.Recvmsg(c.FD(), b[:], oob[:], unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	fds, _, err := c.look(make([]byte, unix.CmsgLen(4*n)))
+	return complete(fds, len(fds) == n, err)
+}
+
+// first installs the descriptors of the first message for which there is room in oob. The flags are those of the message.
+func (c *Cell) first(oob []byte) (fds []int, flags int, err error) {
+	fds, flags, err = c.look(oob)
+	if errors.Is(err, ErrEmpty) {
+		// Or somebody who died had told MSG_PEEK to look elsewhere.
+		if err := c.peekFrom(-1); err != nil {
+			return nil, 0, err
+		}
+		fds, flags, err = c.look(oob)
+	}
+	return fds, flags, err
+}
+
+// look is first for the message where MSG_PEEK looks. It reads no data: that would move on where it looks (see peekFrom), for other
+// processes, too.
+func (c *Cell) look(oob []byte) (fds []int, flags int, err error) {
+	_, n, flags, _, err := unix.Recvmsg(c.FD(), nil, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	switch err {
 	case nil:
+		return Passed(oob[:n]), flags, nil
 	case unix.EAGAIN:
-		return nil, ErrEmpty
-	default:
-		return nil, os.NewSyscallError("recvmsg", err)
+		return nil, 0, ErrEmpty
 	}
-	fds := Passed(oob[:n])
-	if flags&unix.MSG_CTRUNC != 0 || len(fds) == 0 {
-		for _, fd := range fds {
-			unix.Close(fd)
-		}
-		return nil, ErrTruncated
+	return nil, 0, os.NewSyscallError("recvmsg", err)
+}
+
+// complete returns descriptors if they are all that were meant, else closes them.
+func complete(fds []int, all bool, err error) ([]int, error) {
+	if err != nil || all {
+		return fds, err
 	}
-	return fds, nil
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+	return nil, ErrTruncated
 }
 
 // messages returns all of them without their descriptors. They are copied from buf, which has room for MaxRecord bytes.
@@ -253,8 +250,8 @@ func (c *Cell) messages(buf []byte) (all [][]byte, err error) {
 	}
 }
 
-// peekFrom says how many bytes behind the first one MSG_PEEK looks the next time (SO_PEEK_OFF in socket(7)); it moves on with each
-// look. -1: always at the first one.
+// peekFrom says how many bytes behind the first one MSG_PEEK looks the next time (SO_PEEK_OFF in socket(7)); it moves on by what is
+// read. -1: always at the first one. The socket has it, so it is the same for all processes.
 func (c *Cell) peekFrom(at int) error {
 	return os.NewSyscallError("setsockopt(SO_PEEK_OFF)", unix.SetsockoptInt(c.FD(), unix.SOL_SOCKET, unix.SO_PEEK_OFF, at))
 }

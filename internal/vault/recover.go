@@ -184,10 +184,7 @@ func (f *Found) Descriptors() ([]int, error) {
 	if f.Hold != nil && f.Hold.File.Remote {
 		n--
 	}
-	fds, err := f.Cell.first(n)
-	if errors.Is(err, ErrEmpty) {
-		fds, err = f.Cell.Peek(n)
-	}
+	fds, err := f.Cell.Peek(n)
 	if err != nil {
 		return nil, fmt.Errorf("cell %d of the vault: %w", f.Cell.index, err)
 	}

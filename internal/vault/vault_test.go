@@ -167,6 +167,16 @@ func TestPeekIsInterrupted(t *testing.T) {
 		fd, _ := lockedFile(t, "disk")
 		cell := storeHold(t, v, hold(1), fd)
 		unix.Close(fd)
+		for _, look := range []func() ([]int, error){cell.All, func() ([]int, error) { return cell.Peek(1) }} {
+			if err := cell.peekFrom(at); err != nil {
+				t.Fatal(err)
+			}
+			fds, err := look()
+			if err != nil || len(fds) != 1 {
+				t.Fatalf("at %d: %v, %v", at, fds, err)
+			}
+			unix.Close(fds[0])
+		}
 		if err := cell.peekFrom(at); err != nil {
 			t.Fatal(err)
 		}
