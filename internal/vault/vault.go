@@ -136,10 +136,11 @@ func (v *Vault) Take() (*Cell, error) {
 	if c := v.pop(); c != nil { // somebody was faster
 		return c, nil
 	}
-	if err := v.add(); err != nil {
+	c, err := v.add()
+	if err != nil {
 		return nil, fmt.Errorf("the vault cannot grow: %w", err)
 	}
-	return v.pop(), nil
+	return c, nil
 }
 
 func (v *Vault) pop() *Cell {
@@ -158,8 +159,8 @@ func (v *Vault) pop() *Cell {
 // errFull says that the kernel has no more names for sockets.
 var errFull = errors.New("it has as many cells as there can be")
 
-// add makes a batch of cells. v.grow is held.
-func (v *Vault) add() (err error) {
+// add makes a batch of cells, of which the first is the caller's: others take the free ones as soon as there are any. v.grow is held.
+func (v *Vault) add() (_ *Cell, err error) {
 	n := min(max(v.count, minBatch), maxBatch) // only whoever holds grow changes it
 	batch := make([]*Cell, 0, n)
 	indexes := make([]int, 0, n)
@@ -172,7 +173,7 @@ func (v *Vault) add() (err error) {
 		}
 	}()
 	if v.count+n >= maxCells {
-		return errFull
+		return nil, errFull
 	}
 	for index := 1; len(batch) < n; index++ {
 		if index <= len(v.cells) && v.cells[index-1] != nil {
@@ -183,7 +184,7 @@ func (v *Vault) add() (err error) {
 			if len(batch) > 0 {
 				break // the last descriptors that there are
 			}
-			return err
+			return nil, err
 		}
 		c.index = uint32(index)
 		c.word = &v.words[index]
@@ -193,15 +194,15 @@ func (v *Vault) add() (err error) {
 		fds = append(fds, c.FD())
 	}
 	if err := v.root.Put(rootRecord(indexes), fds...); err != nil {
-		return err
+		return nil, err
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, c := range batch {
 		v.enter(c)
 	}
-	v.free = append(v.free, batch...)
-	return nil
+	v.free = append(v.free, batch[1:]...)
+	return batch[0], nil
 }
 
 // enter makes a cell one of the vault's, in place of another one of its index. v.mu is held, or nobody else has the vault yet.

@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -236,6 +238,52 @@ func TestOpenAtLimit(t *testing.T) {
 	}
 	closeTable(next)
 	v.GiveUp()
+}
+
+// Near the limit of descriptors the vault grows by one cell, which is for him who has let it grow, however many take what is free.
+func TestTakeAtLimit(t *testing.T) {
+	v := newVault(t) // not parallel: the limit is the process's
+	defer v.GiveUp()
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &old)
+	next, err := unix.FcntlInt(uintptr(v.Root()), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(next)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(next) + 1, Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	started, done := make(chan struct{}), make(chan struct{})
+	var others sync.WaitGroup
+	for range 3 {
+		others.Go(func() {
+			started <- struct{}{}
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				v.mu.Lock()
+				v.free = v.free[:max(0, len(v.free)-1)]
+				time.Sleep(3 * time.Millisecond) // so long that a mutex goes to who waits for it, in their order
+				v.mu.Unlock()
+			}
+		})
+	}
+	for range 3 {
+		<-started
+	}
+	taken, err := v.Take()
+	close(done)
+	others.Wait()
+	if cells, _ := v.Size(); cells != 1 || taken == nil || err != nil {
+		t.Errorf("of %d cells: %v, %v", cells, taken, err)
+	}
 }
 
 // A record that is being replaced is there at each instant; the later one counts.
