@@ -15,7 +15,7 @@ import (
 
 // A Cell is a Unix datagram socket that is connected to itself: what lies in its queue, a record and
 // descriptors, stays although no process has it in its table, and nobody else can send to it (unix(7):
-// only its peer can, and that is itself).
+// only its peer can, and that is itself) or has, see connected.
 //
 // A Cell has one user at a time. It is not closed by the garbage collector.
 type Cell struct {
@@ -91,23 +91,48 @@ func Releaser(word uint64) int {
 }
 
 // NewCell makes an empty one that belongs to no vault. Close it.
-func NewCell() (*Cell, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+func NewCell() (*Cell, error) { return connected(bound) }
+
+// bound makes a socket with a name, to which anybody who knows the name can send.
+func bound() (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return nil, os.NewSyscallError("socket", err)
+		return -1, os.NewSyscallError("socket", err)
 	}
 	// An empty address makes the kernel choose a name of its own.
-	if err = unix.Bind(fd, &unix.SockaddrUnix{}); err == nil {
-		var self unix.Sockaddr
-		if self, err = unix.Getsockname(fd); err == nil {
+	if err := unix.Bind(fd, &unix.SockaddrUnix{}); err != nil {
+		unix.Close(fd)
+		return -1, os.NewSyscallError("bind", err)
+	}
+	return fd, nil
+}
+
+// connected makes a cell of a bound socket, to which from then on only the cell itself can send. One to which somebody else has sent before
+// is not used: his message would be taken for the record.
+func connected(bound func() (int, error)) (*Cell, error) {
+	for {
+		fd, err := bound()
+		if err != nil {
+			return nil, err
+		}
+		self, err := unix.Getsockname(fd)
+		if err == nil {
 			err = unix.Connect(fd, self)
 		}
+		if err != nil {
+			unix.Close(fd)
+			return nil, os.NewSyscallError("connect a socket to itself", err)
+		}
+		switch _, _, errno := receive(fd, nil, nil, unix.MSG_PEEK); errno {
+		case unix.EAGAIN: // and nobody else can send any more
+			return newCell(fd, 0), nil
+		case 0:
+			go unix.Close(fd) // to close what came along can take as long as a stranger likes
+		default:
+			unix.Close(fd)
+			return nil, os.NewSyscallError("recvmsg", errno)
+		}
 	}
-	if err != nil {
-		unix.Close(fd)
-		return nil, os.NewSyscallError("connect a socket to itself", err)
-	}
-	return newCell(fd, 0), nil
 }
 
 // At returns the cell whose socket is fd, which was handed over by somebody who still owns it. It belongs to no vault.
