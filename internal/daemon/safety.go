@@ -245,9 +245,19 @@ func (d *daemon) storeSettings() {
 		return
 	}
 	s, fds := d.ownState()
-	data, err := state.Encode(s, state.Ours)
-	if err == nil {
-		d.safety.cell, err = v.StoreDaemon(d.safety.cell, &vault.Daemon{State: data, FDs: fds})
+	store := func() error {
+		data, err := state.Encode(s, state.Ours)
+		if err == nil {
+			d.safety.cell, err = v.StoreDaemon(d.safety.cell, &vault.Daemon{State: data, FDs: fds})
+		}
+		return err
+	}
+	err := store()
+	if errors.Is(err, unix.EMSGSIZE) && (s.LogFilters != nil || s.LogOutputs != nil) {
+		// They alone can be of any length.
+		d.log.Error("log filters and outputs set at run time are too long to outlive a crash of this daemon; set shorter ones, or put them into the configuration", "error", err)
+		s.LogFilters, s.LogOutputs = nil, nil
+		err = store()
 	}
 	if err != nil {
 		d.log.Error("settings made at run time are not safe from a crash of this daemon", "error", err)

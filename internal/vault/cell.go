@@ -142,8 +142,11 @@ func At(fd int) *Cell { return newCell(fd, 0) }
 func (c *Cell) Close() { unix.Close(int(c.fd.Swap(-1))) }
 
 // Put adds a message: a record, which is not empty, and up to MaxFDs descriptors, of which the cell gets copies. It does
-// not block.
+// not block. unix.EMSGSIZE: the record has more than MaxRecord bytes, or more than the kernel takes.
 func (c *Cell) Put(record []byte, fds ...int) error {
+	if len(record) > MaxRecord {
+		return fmt.Errorf("of a record of %d bytes only %d would be read again: %w", len(record), MaxRecord, unix.EMSGSIZE)
+	}
 	if errno := send(c.FD(), record, fds); errno != 0 {
 		return putError(errno)
 	}

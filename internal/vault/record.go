@@ -34,7 +34,7 @@ const (
 )
 
 // MaxRecord is the size of the largest record, in bytes: an owner's name has up to 64 KiB, the two paths of a lock
-// together less than 16 KiB.
+// together less than 16 KiB. A larger one is not stored.
 const MaxRecord = 96 << 10
 
 // Kind says what a record is about.

@@ -428,11 +428,30 @@ func TestStoreFails(t *testing.T) {
 	if _, err := v.Store(seal(lockspaceRecord("/x")), -1); !errors.Is(err, unix.EBADF) {
 		t.Errorf("got %v", err)
 	}
-	if _, err := v.Store(make([]byte, 1<<20)); !errors.Is(err, unix.EMSGSIZE) {
+	if _, err := v.Store(make([]byte, MaxRecord+1)); !errors.Is(err, unix.EMSGSIZE) {
 		t.Errorf("got %v", err)
 	}
 	if _, used := v.Size(); used != 0 {
 		t.Errorf("%d cells are in use", used)
+	}
+}
+
+// Whatever can be stored can be read, and what can't be stored leaves what lies there.
+func TestLongestRecord(t *testing.T) {
+	t.Parallel()
+	v := newVault(t)
+	defer v.GiveUp()
+	longest := &Daemon{State: make([]byte, MaxRecord-headerSize-4)}
+	cell, err := v.StoreDaemon(nil, longest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.StoreDaemon(cell, &Daemon{State: append(longest.State, 0)}); !errors.Is(err, unix.EMSGSIZE) {
+		t.Errorf("one byte more: %v", err)
+	}
+	found, err := v.Contents()
+	if err != nil || len(found) != 1 || found[0].Daemon == nil || len(found[0].Daemon.State) != len(longest.State) {
+		t.Errorf("found %+v, %v", found, err)
 	}
 }
 

@@ -4,6 +4,7 @@ package upgrade
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -174,6 +175,31 @@ func killRuleOutlivesCrash(t *testing.T, named bool) {
 	}
 	locks.check(m)
 	outside.Quiet()
+}
+
+// Log settings that are too long to be stored are left out, and said to be; the other ones outlive a crash, and so does all else.
+func TestLongSettingsOutliveCrash(t *testing.T) {
+	t.Parallel()
+	m := startKept(t)
+	locks := m.hold()
+	admin := m.Dial("admin")
+	var filters []string
+	for i := range 1000 {
+		filters = append(filters, fmt.Sprintf("4:part%d%s", i, strings.Repeat("x", 120)))
+	}
+	setLog(t, admin, setLogFilters, strings.Join(filters, " "))
+	reply, err := admin.Call(setTimeout, wire.Payload(nil).Uint32(1).Uint32(0))
+	must(t, errors.Join(err, reply.Err()))
+	m.says(" error : ", "too long to outlive a crash")
+	m.killKept()
+	must(t, locks.conn.Ping())
+	locks.check(m)
+	locks.release(m)
+	locks.conn.Close()
+	admin.Close()
+	if code := m.Wait(); code != 0 { // by the timeout
+		t.Errorf("exit code %d", code)
+	}
 }
 
 // The keeper goes on as the program that the daemon was upgraded to, also if that was installed by another link.

@@ -17,7 +17,17 @@ import (
 const (
 	setLogOutputs = 16
 	setLogFilters = 17
+	setTimeout    = 19
 )
+
+func setLog(t *testing.T, admin *wire.Conn, procedure uint32, text string) {
+	t.Helper()
+	m, err := admin.Call(procedure, wire.Payload(nil).Uint32(1).String(text).Uint32(0))
+	if err == nil {
+		err = m.Err()
+	}
+	must(t, err)
+}
 
 // A log file on a disk that hangs holds a thread in write(2), for which exec would wait with everybody standing still. The
 // upgrade is put off, with a line elsewhere that names the output, and works when the disk is back.
@@ -28,19 +38,9 @@ func TestLogDiskHangs(t *testing.T) {
 	disk := slowdisk.Mount(t, h, "/run/slow", slowdisk.Options{})
 	disk.Add("log")
 	admin := d.Dial("admin")
-	set := func(proc uint32, text string) {
-		t.Helper()
-		m, err := admin.Call(proc, wire.Payload(nil).Uint32(1).String(text).Uint32(0))
-		if err == nil {
-			err = m.Err()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	set(setLogOutputs, "1:stderr 1:file:/run/slow/log")
+	setLog(t, admin, setLogOutputs, "1:stderr 1:file:/run/slow/log")
 	disk.Hang(slowdisk.Write)
-	set(setLogFilters, "1:locking") // is logged itself
+	setLog(t, admin, setLogFilters, "1:locking") // is logged itself
 	disk.AwaitHang(slowdisk.Write)
 
 	says := func(text string) func() bool {
