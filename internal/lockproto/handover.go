@@ -41,7 +41,7 @@ func (p *Program) Describe(c *rpc.Client, into *vault.Client) {
 	into.State.Registered = true
 	into.State.Owner = state.Details(*s.owner)
 	if self := s.self.Load(); self != nil {
-		into.PIDFD = self.State().PIDFD
+		into.PIDFD = self.PIDFD()
 	}
 }
 

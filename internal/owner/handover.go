@@ -12,8 +12,8 @@ import (
 )
 
 // Freeze stops every change of the registry until Thaw, for the time of a hand-over: no owner comes, goes or
-// dies for us. The lock table is to be frozen before. Between the two, Place and
-// Snapshot may be called, and nothing else.
+// dies for us. The lock table is to be frozen before. Between the two, Place,
+// Snapshot and an owner's PIDFD may be called, and nothing else.
 func (r *Registry) Freeze() {
 	r.mu.Lock()
 	r.placed = nil
@@ -57,6 +57,14 @@ func (r *Registry) Snapshot() []state.Owner {
 	return all
 }
 
+// PIDFD returns the owner's pidfd, state.NoFD if it has none. It is as good as State's, and may be asked for while the registry is frozen.
+func (o *Owner) PIDFD() int32 {
+	if o.proc == nil {
+		return state.NoFD
+	}
+	return int32(o.proc.fd)
+}
+
 // State returns what there is to keep of an owner. Its pidfd stays ours, as long as somebody refers to the owner.
 func (o *Owner) State() state.Owner {
 	o.reg.mu.Lock()
@@ -65,14 +73,13 @@ func (o *Owner) State() state.Owner {
 }
 
 func (o *Owner) state() state.Owner {
-	s := state.Owner{Details: state.Details(*o.Details()), Kind: state.Unverified, PIDFD: state.NoFD}
+	s := state.Owner{Details: state.Details(*o.Details()), Kind: state.Unverified, PIDFD: o.PIDFD()}
 	s.PID = o.PID
 	if o.proc != nil {
 		s.Kind = state.Watched
 		if o.kind == Verified {
 			s.Kind = state.Verified
 		}
-		s.PIDFD = int32(o.proc.fd)
 		s.Ending, s.Stopped = o.ending, o.stopped
 	}
 	return s

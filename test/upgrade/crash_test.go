@@ -392,11 +392,16 @@ func TestKeeperKilledBesideC(t *testing.T) {
 	m.survives(locks, daemon)
 }
 
-// A hand-over to the C daemon that fails at the very end, when the vault is given up already, is followed by another vault.
+// A hand-over to the C daemon that fails at the very end, when the vault is given up already, is followed by another vault, which has the guests'
+// own connections, too.
 func TestVaultAfterFailedHandOver(t *testing.T) {
 	t.Parallel()
 	m := startKept(t)
 	locks := m.hold()
+	guest := m.Spawn(host.ProcessOptions{})
+	own := guest.Dial(m.Daemon, "lock")
+	must(t, own.Register(wire.VM(guest.PID())))
+	must(t, own.Acquire("", host.Data+"/own", wire.Autocreate))
 	daemon := m.pidOf()
 	program(script(`echo "virtlockd (libvirt) 9.0.0"; rm `+bad), 0o755)(t, m)
 	must(t, unix.Kill(daemon, unix.SIGUSR1))
@@ -408,6 +413,8 @@ func TestVaultAfterFailedHandOver(t *testing.T) {
 	m.killKept()
 	must(t, locks.conn.Ping())
 	locks.check(m)
+	must(t, own.Ping())
+	must(t, own.Release("", host.Data+"/own"))
 	locks.release(m)
 	if code := m.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
