@@ -348,14 +348,19 @@ func (r *recovery) hold(f *vault.Found) error {
 	}
 	moved := word == vault.Moving && r.holds(res, h)
 	filled := worker == 0 && vault.Worker(word) != 0 // that process has nothing more to do here
-	if filled || word == vault.Moving && !moved && !r.unseen {
+	// That process is noted until whoever asked for the hold is answered. A live upgrade may have taken his connection away since.
+	p, known := r.progress[h.Client]
+	unanswered := known && p.Request == h.Request && !p.Idle && !p.Replying || filled && h.Origin != vault.Origin{}
+	switch {
+	case filled && unanswered:
+		f.Cell.Word().Store(vault.Releasing)
+	case filled || word == vault.Moving && !moved && !r.unseen:
 		f.Cell.Word().Store(0) // for what is done to the owner
 	}
 	res.Owners = append(res.Owners, r.owner(h.Owner))
 	res.Cells = append(res.Cells, cell)
 	res.Since = append(res.Since, h.Since)
 
-	p, known := r.progress[h.Client]
 	switch {
 	case worker != 0:
 		r.unsettled = append(r.unsettled, unsettled{key, cell, worker, "a worker process may still work on it"})
@@ -363,7 +368,7 @@ func (r *recovery) hold(f *vault.Found) error {
 		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "another lock on the file has taken its place"})
 	case word == vault.Releasing:
 		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "it was being released"})
-	case known && p.Request == h.Request && !p.Idle && !p.Replying:
+	case unanswered:
 		r.unsettled = append(r.unsettled, unsettled{key, cell, 0, "whoever asked for it was not answered"})
 	}
 	return nil

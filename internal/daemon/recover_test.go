@@ -25,6 +25,7 @@ func TestRecoveredHolds(t *testing.T) {
 		name    string
 		words   []uint64 // of holds of the guests 1, 2, ... in cells with rising indexes
 		same    bool     // all are the hold of one guest
+		asked   bool     // by requests of clients that there are no more
 		held    []int    // the cells that are taken over, from 1
 		end     []int    // of these, those that end with the recovery
 		waiting bool     // ... when the worker has ended
@@ -35,6 +36,7 @@ func TestRecoveredHolds(t *testing.T) {
 		{name: "the later one is just put in", words: []uint64{0, vault.Filling(us)}, held: []int{1, 2}, after: []uint64{0, 0}},
 		{name: "the earlier cell is filled last", words: []uint64{vault.Filling(us), 0}, held: []int{1, 2}, after: []uint64{0, 0}},
 		{name: "only one, just put in", words: []uint64{vault.Filling(us)}, held: []int{1}, after: []uint64{0}},
+		{name: "one that was answered, and one just put in", words: []uint64{0, vault.Filling(us)}, asked: true, held: []int{1, 2}, end: []int{2}, after: []uint64{0, vault.Releasing}},
 		{name: "the last one is released by a worker", words: []uint64{vault.Busy(us)}, held: []int{1}, end: []int{1}, waiting: true},
 		{name: "a replaced lock is released by a worker", words: []uint64{vault.Busy(us), 0}, same: true, held: []int{2}},
 		{name: "one is released", words: []uint64{vault.Releasing, 0}, held: []int{1, 2}, end: []int{1}},
@@ -70,6 +72,9 @@ func TestRecoveredHolds(t *testing.T) {
 				h := vault.Hold{
 					Since: 1, Name: "disk", Flags: 1,
 					Owner: state.Owner{Details: state.Details{Name: fmt.Sprint("guest", i), PID: int32(1 + i)}, Kind: state.Unverified, PIDFD: state.NoFD},
+				}
+				if tt.asked {
+					h.Origin = vault.Origin{Client: uint64(1 + i), Request: 1}
 				}
 				if tt.same {
 					h.Owner.PID = 1

@@ -740,9 +740,23 @@ func cellsOf(s *state.Snapshot) []uint32 {
 }
 
 // settleStrays empties the cells of clients that were left behind with a request that hangs, so that their peers see the end
-// of the connection. What a worker process still works on is left to it.
+// of the connection, and undoes what was acquired for them after the snapshot. What a worker process still works on is left to it.
 func (d *daemon) settleStrays(strays []vault.Found) {
 	v := d.safety.vault
+	unanswered := map[vault.Origin]bool{}
+	for i := range strays {
+		f := &strays[i]
+		if p := rpc.ProgressOf(f.Cell.Word().Load()); f.Client != nil && !f.Client.Admin && !p.Idle && !p.Replying {
+			unanswered[vault.Origin{Client: f.Client.State.ID, Request: p.Request}] = true
+		}
+	}
+	for i := range strays {
+		f := &strays[i]
+		if f.Hold != nil && unanswered[f.Hold.Origin] && vault.Releaser(f.Cell.Word().Load()) == 0 {
+			// As long as its client's cell is there that tells of it, too. A process that comes after this one, should it die here, finds only this.
+			f.Cell.Word().Store(vault.Releasing)
+		}
+	}
 	for i := range strays {
 		f := &strays[i]
 		worker := vault.Worker(f.Cell.Word().Load())
@@ -781,30 +795,25 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 	}
 }
 
-// settleReleased ends a hold that was being released: it waited for a place at its disk, or the file of a lock lies there that others hold,
-// who could not be stored.
+// settleReleased ends a hold that was being released: its acquisition was not answered, it waited for a place at its disk, or the file of a lock
+// lies there that others hold, who could not be stored.
 func (d *daemon) settleReleased(v *vault.Vault, f *vault.Found) {
 	h := f.Hold
 	switch others, last := d.table.LeftBehind(h.Lockspace, h.Name, f.Cell); {
 	case last: // it goes with the lock
-	case others, !h.File.Remote: // the lock is not in there alone, or was lost and replaced
+	case others: // the lock is not in there alone, or was lost and replaced
 		returnAfter(v, f.Cell, 0)
 	default:
-		res := state.Resource{Path: lockspace.Path(h.Lockspace, h.Name), Flags: h.Flags}
-		// A descriptor of its own, which is good also when the vault is given up meanwhile.
-		fd, err := unix.FcntlInt(uintptr(f.Cell.FD()), unix.F_DUPFD_CLOEXEC, 0)
-		var lock *filelock.Lock
-		if err == nil {
-			lock, err = d.files.Takeover(1).Ours(res.Path, fd, modeOf(&res), h.File)
-		}
+		path := lockspace.Path(h.Lockspace, h.Name)
+		lock, err := d.lockIn(f, path)
 		if err != nil {
-			d.log.Error(d.cause+"a lock that was being released stays", "path", res.Path, "error", err)
+			d.log.Error(d.cause+"a lock that was being released stays", "path", path, "error", err)
 			d.safety.orphans++
 			return
 		}
 		lease := ""
 		if h.Flags&lockspace.AutoCreate != 0 {
-			lease = res.Path
+			lease = path
 		}
 		go func() { // it may wait for the disk
 			if err := lock.Release(lease, f.Cell); err != nil {
@@ -813,6 +822,33 @@ func (d *daemon) settleReleased(v *vault.Vault, f *vault.Found) {
 			v.Return(f.Cell)
 		}()
 	}
+}
+
+// lockIn takes the lock over whose file lies in the cell of a hold, and nowhere else.
+func (d *daemon) lockIn(f *vault.Found, path string) (*filelock.Lock, error) {
+	h := f.Hold
+	var fd int
+	if h.File.Remote {
+		// A descriptor of its own, which is good also when the vault is given up meanwhile.
+		var err error
+		if fd, err = unix.FcntlInt(uintptr(f.Cell.FD()), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+			return nil, os.NewSyscallError("fcntl(F_DUPFD_CLOEXEC)", err)
+		}
+	} else {
+		fds, err := f.Descriptors()
+		if err != nil {
+			return nil, err
+		}
+		fd = fds[len(fds)-1]
+		for _, pidfd := range fds[:len(fds)-1] {
+			unix.Close(pidfd)
+		}
+	}
+	lock, err := d.files.Takeover(1).Ours(path, fd, modeOf(&state.Resource{Flags: h.Flags}), h.File)
+	if err != nil {
+		unix.Close(fd) // the cell has it
+	}
+	return lock, err
 }
 
 // adoptPoller goes on with the epoll set of the binary before this one.

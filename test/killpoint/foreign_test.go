@@ -65,10 +65,16 @@ func freeCells(root, n int) (free []int, err error) {
 	return free, nil
 }
 
-// lockedFD locks a file. Whoever has a copy of the descriptor has the lock.
+// lockedFD makes a file and locks it. Whoever has a copy of the descriptor has the lock.
 func (m *managed) lockedFD(path string) (fd int) {
 	m.t.Helper()
 	m.WriteFile(path, "", 0o644)
+	return m.lockFD(path)
+}
+
+// lockFD is lockedFD for a file that is there.
+func (m *managed) lockFD(path string) (fd int) {
+	m.t.Helper()
 	m.Must(func() (err error) {
 		if fd, err = unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
 			return err
