@@ -710,10 +710,13 @@ func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
 		d.left.inherited.taken(int(s.Vault))
 	}
 	d.safety.cell = v.Cell(s.Cell)
-	// Somebody has passed it to us, or has kept it for the binary before: no more proof is needed that it is kept.
+	// If somebody has passed it to us, or has kept it for the binary before, no more proof is needed that it is kept. Else guard sees to it.
 	var why error
-	if d.safety.link == nil && d.safety.wanted {
+	switch {
+	case d.safety.link == nil && d.safety.wanted:
 		why = errKeeperEnded
+	case d.found == nil && !s.VaultKept:
+		why = errNotYet
 	}
 	d.use(v, why)
 	return strays

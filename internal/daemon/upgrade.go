@@ -411,7 +411,7 @@ func (d *daemon) snapshot(hung map[*rpc.Client]bool) (*state.Snapshot, error) {
 	s.AnotherVault = d.safety.another
 	d.safety.mu.Lock()
 	if v := d.safety.vault; v != nil {
-		s.Vault, s.Cell = int32(v.Root()), d.safety.cell.Index()
+		s.Vault, s.VaultKept, s.Cell = int32(v.Root()), d.safety.why == nil, d.safety.cell.Index()
 	}
 	d.safety.mu.Unlock()
 	clients := d.lock.Clients()

@@ -1126,7 +1126,7 @@ func (d *decoder) enroll(s *space, p *pending) {
 
 var extraKeys = []string{"version", "startTime", "upgrades", "pidFile", "timeout", "owners",
 	"logLevel", "logFilters", "logOutputs", "logLevelBytes", "logFiltersBytes", "logOutputsBytes", "startDir", "startDirBytes", "frozen", "epoll",
-	"recoveries", "vault", "cell", "configuredClients", "configuredAdminClients", "began", "anotherVault"}
+	"recoveries", "vault", "cell", "configuredClients", "configuredAdminClients", "began", "anotherVault", "vaultKept"}
 
 const (
 	extraLog      = 6 // the first of the log settings
@@ -1174,6 +1174,8 @@ func (d *decoder) extra() {
 			d.snap.Vault = d.ownFD()
 		case "cell":
 			d.snap.Cell = d.u32(0)
+		case "vaultKept":
+			d.snap.VaultKept = d.boolean(false)
 		case "anotherVault":
 			d.snap.AnotherVault = d.boolean(false)
 		case "began":

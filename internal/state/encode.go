@@ -326,6 +326,7 @@ func (e *encoder) extras(s *Snapshot) {
 	if s.Vault != NoFD {
 		e.int("vault", int64(s.Vault))
 	}
+	e.yes("vaultKept", s.VaultKept)
 	e.some("cell", uint64(s.Cell))
 	e.yes("anotherVault", s.AnotherVault)
 	if s.Epoll != nil {

@@ -62,7 +62,7 @@ func snapshots(r Reader) *rapid.Generator[*Snapshot] {
 			StartTime: rapid.Int64Min(0).Draw(t, "start"),
 			Began:     rapid.Uint64().Draw(t, "began"),
 			Upgrades:  rapid.Uint64().Draw(t, "upgrades"), Recoveries: rapid.Uint64().Draw(t, "recoveries"),
-			Cell: rapid.Uint32().Draw(t, "cell"), AnotherVault: rapid.Bool().Draw(t, "another vault"),
+			Cell: rapid.Uint32().Draw(t, "cell"), AnotherVault: rapid.Bool().Draw(t, "another vault"), VaultKept: rapid.Bool().Draw(t, "kept"),
 			Configured: [2]uint32{rapid.Uint32().Draw(t, "clients"), rapid.Uint32().Draw(t, "admin clients")},
 			PIDFile:    NoFD, Vault: NoFD,
 			Frozen:   rapid.Int64Min(0).Draw(t, "frozen"),

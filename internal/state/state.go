@@ -61,7 +61,9 @@ type Snapshot struct {
 	// Vault is the descriptor of the root of the vault, or NoFD. The cells below are those of package vault, from 1;
 	// 0: not stored.
 	Vault int32
-	Cell  uint32 // with the daemon's own settings
+	// VaultKept says that somebody else keeps that, too, as far as is known.
+	VaultKept bool
+	Cell      uint32 // with the daemon's own settings
 	// AnotherVault says that there is one more, which is not used; whoever keeps the vault has it.
 	AnotherVault bool
 	// StartDir is where relative names on the command line count from. "": the working directory.

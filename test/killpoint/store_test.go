@@ -116,6 +116,24 @@ func TestStoreTooLate(t *testing.T) {
 	}
 }
 
+// A live upgrade does not take a store that has not answered yet for one that has the vault: the new binary goes on asking.
+func TestStoreTooLateForUpgrade(t *testing.T) {
+	t.Parallel()
+	m := newManaged(t)
+	m.manager.Pause()
+	m.Daemon = m.manager.Launch(quiet)
+	says(t, m.Daemon, " warning : ", "locks are lost if this daemon crashes", "did not answer")
+	m.populate(local)
+	m.upgrade()
+	if s := status(t, m.Host); !strings.Contains(s, "has not been asked yet") && !strings.Contains(s, "did not answer") {
+		t.Errorf("status:\n%s", s)
+	}
+	m.manager.Continue()
+	says(t, m.Daemon, "the descriptor store has the vault now")
+	m.kill()
+	m.goesOn("after a store that was too late")
+}
+
 // A process that has taken a vault over needs no answer of the store: what was passed to it is kept. Also a restart afterwards leaves
 // everything held.
 func TestStoreTooLateForRecovery(t *testing.T) {
