@@ -169,14 +169,18 @@ func (d *daemon) guard(ctx context.Context) {
 		}
 		link := d.safety.keeper()
 		ended, unwatch := d.watchKeeper(link)
+		lost := false
 		select {
 		case <-ctx.Done():
 		case <-later:
 		case <-d.safety.again:
 		case <-ended:
+			lost = true
+		}
+		unwatch() // first: the number of a pidfd that is closed may be another descriptor's
+		if lost {
 			d.loseKeeper(link)
 		}
-		unwatch()
 	}
 }
 
