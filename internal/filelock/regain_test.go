@@ -112,6 +112,7 @@ func TestRegainStored(t *testing.T) {
 	if err := l.Store(cell, hold.Record(nil), -1); err != nil {
 		t.Fatal(err)
 	}
+	l.Stored(cell)
 	unlockBehind(t, l)
 	again, err := l.Regain(false)
 	if err != nil {

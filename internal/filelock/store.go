@@ -14,11 +14,8 @@ import (
 // errPOSIX says why a lock cannot be stored.
 var errPOSIX = errors.New("a POSIX record lock ends with the process: its file system or kernel refuses better ones")
 
-// errGivenUp says why a lock that took long to store is not.
-var errGivenUp = errors.New("the vault was given up meanwhile")
-
 // Store puts the locked file into a cell, with the record of a hold that lacks only what the file is, and the owner's
-// pidfd if it is not state.NoFD: the lock then lives as long as the cell. A lock has one cell for each hold.
+// pidfd if it is not state.NoFD: the lock then lives as long as the cell. A lock has one cell for each hold. Stored is to follow.
 func (l *Lock) Store(cell *vault.Cell, record []byte, pidfd int32) error {
 	if l.kind == POSIX {
 		return &Error{OpStore, l.path, errPOSIX}
@@ -38,14 +35,14 @@ func (l *Lock) Store(cell *vault.Cell, record []byte, pidfd int32) error {
 	if err := l.storeRemote(cell, record, fds); err != nil {
 		return &Error{OpStore, l.path, err}
 	}
-	if l.private {
-		if cell.FD() < 0 {
-			return &Error{OpStore, l.path, errGivenUp}
-		}
-		unix.Close(int(l.fd)) // not the last reference to the file
-		l.fd, l.private = int32(cell.FD()), false
-	}
 	return nil
+}
+
+// Stored says that Store has put the file into this cell: a remote lock that had a cell of its own needs that no more.
+func (l *Lock) Stored(cell *vault.Cell) {
+	if l.private {
+		l.LiesIn(cell)
+	}
 }
 
 func (l *Lock) storeRemote(cell *vault.Cell, record []byte, fds []int) error {

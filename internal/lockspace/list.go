@@ -210,7 +210,7 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 		if h.cell != nil {
 			h.cell.Word().Store(vault.Moving)
 		}
-		cell := t.store(r, h.owner, vault.Origin{}, h.since)
+		cell := t.keep(r, h.owner, vault.Origin{}, h.since)
 		if cell != nil && h.cell != nil {
 			h.cell.Word().Store(vault.Releasing) // in a crash, one of the two counts
 		}
@@ -218,7 +218,6 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 			t.vault.Load().Return(last)
 		}
 		last = cmp.Or(h.cell, last)
-		t.mu.Lock()
 		t.nowStored(r, h.cell, cell)
 		h.cell = cell
 		h.note()

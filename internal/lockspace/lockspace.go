@@ -366,11 +366,7 @@ func (t *Table) acquire(req *Request) (serial uint64, path string, err error) {
 	since := time.Now().UnixNano()
 	if err == nil {
 		r.lock = lock
-		r.cell = t.store(r, req.Owner, req.Origin, since)
-	}
-
-	t.mu.Lock()
-	if err == nil {
+		r.cell = t.keep(r, req.Owner, req.Origin, since)
 		if err = t.admissible(r, req.Owner); err == nil {
 			serial = t.hold(r, req.Owner, since)
 			t.end(r)
@@ -381,8 +377,8 @@ func (t *Table) acquire(req *Request) (serial uint64, path string, err error) {
 		r.phase = releasing
 		t.mu.Unlock()
 		t.release(r)
-		t.mu.Lock()
 	}
+	t.mu.Lock()
 	delete(s.resources, r.name)
 	t.end(r)
 	t.mu.Unlock()
@@ -417,8 +413,7 @@ func (t *Table) join(r *resource, req *Request) (serial uint64, err error) {
 	}
 	t.begin(r, acquiring)
 	t.mu.Unlock()
-	cell := t.store(r, req.Owner, req.Origin, now)
-	t.mu.Lock()
+	cell := t.keep(r, req.Owner, req.Origin, now)
 	r.phase = held
 	t.end(r)
 	if req.Owner.Dead() { // and what it held was given up meanwhile

@@ -19,11 +19,31 @@ func (t *Table) SetVault(v *vault.Vault) { t.vault.Store(v) }
 // Unstored returns how often something could not be stored.
 func (t *Table) Unstored() uint64 { return t.unstored.Load() }
 
-// store stores a hold of r, whose lock is taken, and returns its cell, or nil. The caller has r to itself.
-func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64) *vault.Cell {
-	v := t.vault.Load()
+// keep stores a hold of r, whose lock is taken, and returns its cell, or nil. The caller has r to itself. t.mu is held when it returns: what a
+// hand-over, which has frozen the table, says of the lock is true until the process has become another binary, or goes on.
+func (t *Table) keep(r *resource, o *owner.Owner, by vault.Origin, since int64) *vault.Cell {
+	for {
+		v := t.vault.Load()
+		cell, err := t.store(v, r, o, by, since)
+		t.mu.Lock()
+		switch {
+		case v != t.vault.Load(): // it was given up for the C daemon, which has not come
+			t.mu.Unlock()
+			continue
+		case err != nil:
+			t.unstored.Add(1)
+			t.cfg.Logger.Error("a lock is held but not safe from a crash of this daemon", "path", r.space.path(r.name), "", o.Details(), "error", err)
+		case cell != nil:
+			r.lock.Stored(cell)
+		}
+		return cell
+	}
+}
+
+// store is keep for one vault, which may be nil.
+func (t *Table) store(v *vault.Vault, r *resource, o *owner.Owner, by vault.Origin, since int64) (*vault.Cell, error) {
 	if v == nil {
-		return nil
+		return nil, nil
 	}
 	h := vault.Hold{
 		Origin: by, Since: since,
@@ -31,17 +51,16 @@ func (t *Table) store(r *resource, o *owner.Owner, by vault.Origin, since int64)
 		Owner: o.State(),
 	}
 	cell, err := v.Take()
-	if err == nil {
-		cell.Word().Store(wordOf(&h.Owner)) // first: who finds the record finds that, too, but for one that a worker process stores
-		var b [512]byte
-		if err = r.lock.Store(cell, h.Record(b[:0]), h.Owner.PIDFD); err == nil {
-			return cell
-		}
-		v.Release(cell)
+	if err != nil {
+		return nil, err
 	}
-	t.unstored.Add(1)
-	t.cfg.Logger.Error("a lock is held but not safe from a crash of this daemon", "path", r.space.path(r.name), "", o.Details(), "error", err)
-	return nil
+	cell.Word().Store(wordOf(&h.Owner)) // first: who finds the record finds that, too, but for one that a worker process stores
+	var b [512]byte
+	if err := r.lock.Store(cell, h.Record(b[:0]), h.Owner.PIDFD); err != nil {
+		v.Release(cell)
+		return nil, err
+	}
+	return cell, nil
 }
 
 // wordOf returns what is noted beside each hold of an owner of what is being done to him.
@@ -187,8 +206,7 @@ func (t *Table) storeResource(r *resource) (n int) {
 		o := r.holders[i].owner
 		t.begin(r, acquiring)
 		t.mu.Unlock()
-		cell := t.store(r, o, vault.Origin{}, r.holders[i].since)
-		t.mu.Lock()
+		cell := t.keep(r, o, vault.Origin{}, r.holders[i].since)
 		t.nowStored(r, nil, cell)
 		if r.holders[i].cell = cell; cell != nil {
 			n++

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -119,4 +120,36 @@ func TestNotedWhileStored(t *testing.T) {
 		t.Errorf("beside the hold is noted %d, want %d", word, vault.Ending)
 	}
 	f.want("release", f.release(disk, o), nil)
+}
+
+// A hold that was stored while the table was frozen, in a vault that was given up then for a binary that did not come, is stored in the next
+// one.
+func TestStoredInVaultGivenUp(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	first := f.withVault()
+	o := f.number()
+	defer o.Release()
+	disk := f.touch("disk")
+	open := f.gate.hold(disk)
+	acquired := make(chan error, 1)
+	go func() { acquired <- f.acquire(disk, 0, o) }()
+	<-f.gate.reached
+	f.Freeze(time.Now())
+	open()
+	f.eventually("it is stored", func() bool { _, used := first.Size(); return used == 1 })
+	if err := f.LeaveVault(); err != nil {
+		t.Error(err)
+	}
+	first.GiveUp()
+	second := f.withVault()
+	f.Thaw()
+	f.want("acquire", <-acquired, nil)
+	if _, used := second.Size(); used != 1 || f.Safe() != 1 {
+		t.Errorf("%d cells are in use, %d resources are said to be safe", used, f.Safe())
+	}
+	f.want("release", f.release(disk, o), nil)
+	if _, used := second.Size(); used != 0 {
+		t.Errorf("%d cells are in use after the release", used)
+	}
 }
