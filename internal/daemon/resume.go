@@ -743,7 +743,8 @@ func cellsOf(s *state.Snapshot) []uint32 {
 }
 
 // settleStrays empties the cells of clients that were left behind with a request that hangs, so that their peers see the end
-// of the connection, and undoes what was acquired for them after the snapshot. What a worker process still works on is left to it.
+// of the connection, and undoes what was stored after the snapshot: acquired for them, or once more. What a worker process still works on is
+// left to it.
 func (d *daemon) settleStrays(strays []vault.Found) {
 	v := d.safety.vault
 	unanswered := map[vault.Origin]bool{}
@@ -755,9 +756,13 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 	}
 	for i := range strays {
 		f := &strays[i]
-		if f.Hold != nil && unanswered[f.Hold.Origin] && vault.Releaser(f.Cell.Word().Load()) == 0 {
+		switch {
+		case f.Hold == nil || vault.Releaser(f.Cell.Word().Load()) != 0:
+		case unanswered[f.Hold.Origin]:
 			// As long as its client's cell is there that tells of it, too. A process that comes after this one, should it die here, finds only this.
 			f.Cell.Word().Store(vault.Releasing)
+		case f.Hold.Origin == vault.Origin{} && d.table.Has(f.Hold): // it was being stored once more
+			f.Cell.Word().Store(vault.Moving)
 		}
 	}
 	for i := range strays {
@@ -789,6 +794,8 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 			returnAfter(v, f.Cell, worker)
 		case f.Hold != nil && f.Cell.Word().Load() == vault.Releasing:
 			d.settleReleased(v, f)
+		case f.Hold != nil && f.Cell.Word().Load() == vault.Moving && d.table.Has(f.Hold):
+			returnAfter(v, f.Cell, 0) // the other one counts
 		default:
 			d.log.Error(d.cause+"something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
 			if f.Hold != nil {

@@ -130,6 +130,14 @@ func (r *resource) stored() *vault.Cell {
 	return cell
 }
 
+// Has tells whether a hold is in the table, wherever it is stored there: by the number of its owner, and since when he has it.
+func (t *Table) Has(h *vault.Hold) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := t.lookup(h.Lockspace, h.Name)
+	return r != nil && slices.ContainsFunc(r.holders, func(is hold) bool { return is.owner.PID == h.Owner.PID && is.since == h.Since })
+}
+
 // LeftBehind is about a cell whose hold has ended in the binary before this one. others says that somebody holds the resource, and last that
 // his lock's file lies nowhere else, see unstore: then the cell is the lock's, and goes with it.
 func (t *Table) LeftBehind(lockspace, name string, cell *vault.Cell) (others, last bool) {

@@ -94,15 +94,24 @@ func storeFor(root int, path string, fd int) error {
 	return vault.At(cells[0]).Put(record, fd)
 }
 
-// hanging returns the only request that is being executed.
-func hanging(root int) (vault.Origin, error) {
+// open opens the vault besides the daemon.
+func open(root int) (*vault.Vault, error) {
 	own, err := unix.FcntlInt(uintptr(root), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
-		return vault.Origin{}, err
+		return nil, err
 	}
 	v, err := vault.Open(own)
 	if err != nil {
-		return vault.Origin{}, errors.Join(err, unix.Close(own))
+		unix.Close(own)
+	}
+	return v, err
+}
+
+// hanging returns the only request that is being executed.
+func hanging(root int) (vault.Origin, error) {
+	v, err := open(root)
+	if err != nil {
+		return vault.Origin{}, err
 	}
 	defer v.Close()
 	found, err := v.Contents()
@@ -114,4 +123,63 @@ func hanging(root int) (vault.Origin, error) {
 		}
 	}
 	return vault.Origin{}, errors.Join(errors.New("no request hangs"), err)
+}
+
+// A hold is being stored once more, as when it comes from the C daemon or its lock was taken again, and lies in a cell that the snapshot does not
+// name: the one that it names counts.
+func TestStoredOnceMoreWhileFrozen(t *testing.T) {
+	t.Parallel()
+	m := startManaged(t)
+	host.Settled(t, m.PID())
+	must(t, m.manager.Use(vaultName, copyHold))
+	m.upgrade()
+	if strings.Contains(m.Stderr(), "belongs to nobody") {
+		t.Errorf("a stray:\n%s", host.Shorten(m.Stderr()))
+	}
+	m.holds("after a live upgrade")
+	m.kill()
+	m.Daemon = m.manager.Start(quiet)
+	if n := strings.Count(tool(t, m.Host, nil, nil, "list"), m.shared); n != 1 {
+		t.Errorf("%d owners of %s, want 1", n, m.shared)
+	}
+	must(t, m.bystand.Ping())
+	m.holds("after all that")
+	m.end()
+}
+
+// copyHold puts the hold of the shared lock into a second cell.
+func copyHold(root int) error {
+	v, err := open(root)
+	if err != nil {
+		return err
+	}
+	defer v.Close()
+	cells, err := freeCells(root, 1)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(cells[0])
+	found, err := v.Contents()
+	if err != nil {
+		return err
+	}
+	for i := range found {
+		h := found[i].Hold
+		if h == nil || h.Name != local.shared {
+			continue
+		}
+		fds, err := found[i].Descriptors()
+		if err != nil {
+			return err
+		}
+		h.Origin = vault.Origin{}
+		record := h.Record(nil)
+		vault.SetFile(record, h.File)
+		err = vault.At(cells[0]).Put(record, fds...)
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return err
+	}
+	return errors.New("there is no such hold")
 }
