@@ -70,7 +70,7 @@ type Client struct {
 	cell    *vault.Cell // what the connection is stored in, see Server.SetVault
 	told    bool        // it is stored as it is now, or it can't be
 
-	mu   sync.Mutex    // also held while fd is closed, for others than the active goroutine
+	mu   sync.Mutex    // also held when fd changes, for others than the active goroutine
 	over bool          // Done is or would be closed
 	done chan struct{} // nil until somebody asks
 
@@ -236,8 +236,8 @@ func (c *Client) register() error {
 	return c.server.poller.Start(token, c.fd, clientEvents)
 }
 
-// closeDescriptor ends the connection on our side.
-func (c *Client) closeDescriptor() {
+// hangUp ends the connection on our side, but for its descriptor.
+func (c *Client) hangUp() {
 	// An error says that it is not registered, which is what we want.
 	_ = c.server.poller.Remove(c.token, c.fd)
 	if !c.byPeer {
@@ -246,8 +246,13 @@ func (c *Client) closeDescriptor() {
 		// the peer waiting.
 		_ = unix.Shutdown(c.fd, unix.SHUT_RDWR)
 	}
+}
+
+// closeDescriptor comes after hangUp.
+func (c *Client) closeDescriptor() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	unix.Close(c.fd)
+	fd := c.fd
 	c.fd = -1
+	c.mu.Unlock()
+	unix.Close(fd)
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -341,6 +342,88 @@ func TestDescriptors(t *testing.T) {
 	if log := strings.Join(stop(), "\n"); !strings.Contains(log, "Failed to recv file descriptor: Permission denied") {
 		t.Errorf("log %s", log)
 	}
+}
+
+// TestDescriptorsRefused: where the kernel can refuse them it does, also on a connection that is older than that.
+func TestDescriptorsRefused(t *testing.T) {
+	t.Setenv(childRefuses, "1")
+	path, pid, _ := startChild(t, 0)
+	p := dial(t, path)
+	attach := func() error {
+		return retry(func() error {
+			return unix.Sendmsg(p.fd, request(procEcho, 1, nil), unix.UnixRights(p.fd), nil, unix.MSG_NOSIGNAL)
+		})
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	if _, err := unix.GetsockoptInt(p.fd, unix.SOL_SOCKET, 83); err == unix.ENOPROTOOPT {
+		t.Skip("Linux before 6.16 refuses none")
+	}
+	// Before it is accepted, too.
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGSTOP, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	p = dial(t, path)
+	err = attach()
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGCONT, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err != unix.EPERM {
+		t.Errorf("before it is accepted: %v", err)
+	}
+	p.call(procEcho, nil)
+	if err := attach(); err != unix.EPERM {
+		t.Errorf("then: %v", err)
+	}
+	p.call(procEcho, nil)
+}
+
+// TestOlderConnectionsRefuse: those that were made before their listening socket was ours, and those of a binary that did not
+// know of it.
+func TestOlderConnectionsRefuse(t *testing.T) {
+	accepts := func(fd int) bool {
+		on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, 83)
+		if err == unix.ENOPROTOOPT {
+			t.Skip("Linux before 6.16 refuses none")
+		}
+		return on != 0
+	}
+	before := passRights
+	t.Cleanup(func() { passRights = before }) // not before the servers have ended
+	passRights = 83
+	fd := listenAt(filepath.Join(t.TempDir(), "old"))
+	if err := unix.Listen(fd, 1); err != nil {
+		t.Fatal(err)
+	}
+	if !accepts(fd) {
+		t.Fatal("a socket refuses descriptors that was not told to")
+	}
+	old, next := serve(t, nil), serve(t, nil)
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := dial(t, at.(*unix.SockaddrUnix).Name)
+	if err := old.Listen(fd); err != nil {
+		t.Fatal(err)
+	}
+	p.call(procEcho, nil)
+	c := old.Clients()[0]
+	if accepts(c.fd) {
+		t.Error("a connection takes descriptors that was made before its socket was ours")
+	}
+	if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, passRights, 1); err != nil {
+		t.Fatal(err)
+	}
+	handOver(t, old, next, c)
+	p.call(procEcho, nil)
+	if accepts(next.Clients()[0].fd) {
+		t.Error("a connection takes descriptors that was handed over")
+	}
+	old.Thaw()
 }
 
 // TestReadEndsEarly: a read ends at descriptors, and what is behind them must not

@@ -163,6 +163,7 @@ func (s *Server) Adopt(from *state.Client, setup func(*Client) error) error {
 			return fail(os.NewSyscallError("fcntl(O_NONBLOCK)", err))
 		}
 	}
+	refuseDescriptors(fd)
 	c := &Client{
 		server: s, id: from.ID, fd: fd,
 		accepted: from.ConnectTime, uptime: up,

@@ -98,6 +98,7 @@ func prepare(fd int) error {
 		}
 	}
 	unix.CloseOnExec(fd)
+	refuseDescriptors(fd)
 	return os.NewSyscallError("fcntl(O_NONBLOCK)", unix.SetNonblock(fd, true))
 }
 

@@ -33,13 +33,18 @@ import (
 const patience = 20 * time.Second
 
 // childEnv makes the test binary a server of its own: its value is the path of
-// the socket. childFiles limits its descriptors.
+// the socket. childFiles limits its descriptors. childRefuses lets it refuse those
+// that peers attach, if the kernel can.
 const (
-	childEnv   = "RPC_TEST_SOCKET"
-	childFiles = "RPC_TEST_FILES"
+	childEnv     = "RPC_TEST_SOCKET"
+	childFiles   = "RPC_TEST_FILES"
+	childRefuses = "RPC_TEST_REFUSES"
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(childRefuses) == "" {
+		passRights = -1 // for what is done where the kernel can't
+	}
 	if path := os.Getenv(childEnv); path != "" {
 		child(path)
 		return

@@ -362,16 +362,17 @@ func due(last *time.Time) bool {
 // accepted makes a client of a connection, for which room is reserved. It is
 // active. nil: the connection is closed.
 func (s *Server) accepted(fd int) *Client {
+	refuseDescriptors(fd) // it may have been made before its listening socket was ours
 	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
-		unix.Close(fd)
+		go unix.Close(fd) // with what it has sent, see ended
 		s.log.Error("cannot tell who has connected", "error", os.NewSyscallError("getsockopt(SO_PEERCRED)", err))
 		s.leave()
 		return nil
 	}
 	up, err := uptime()
 	if err != nil {
-		unix.Close(fd)
+		go unix.Close(fd)
 		s.log.Error("cannot accept a client", "error", err)
 		s.leave()
 		return nil
@@ -392,7 +393,7 @@ func (s *Server) accepted(fd int) *Client {
 	c.id = s.lastID
 	s.mu.Unlock()
 	if !allowed {
-		unix.Close(fd)
+		go unix.Close(fd)
 		s.log.Error(fmt.Sprintf("operation forbidden: Disallowing client %d with uid %d", cred.Pid, cred.Uid))
 		s.leave()
 		return nil
@@ -445,8 +446,18 @@ func (s *Server) end(c *Client) {
 	s.endMu.Unlock()
 }
 
-// ended closes a client's connection and forgets it.
+// ended closes a client's connection and forgets it. What was not read of it may have descriptors attached, which the
+// kernel closes with it: others are not to wait for their disks.
 func (s *Server) ended(c *Client) {
+	c.hangUp()
+	if unread(c.fd) {
+		go s.forget(c)
+		return
+	}
+	s.forget(c)
+}
+
+func (s *Server) forget(c *Client) {
 	c.closeDescriptor()
 	c.in, c.out = nil, nil
 	c.charge()

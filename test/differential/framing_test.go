@@ -178,7 +178,7 @@ func TestPipeline(t *testing.T) {
 	p.same()
 }
 
-// Requests that come with descriptors.
+// Requests that come with descriptors, on a kernel that can't refuse them: since Linux 6.16 it does (D-descriptors).
 func TestDescriptors(t *testing.T) {
 	t.Parallel()
 	p := newPair(t, host.Options{})
@@ -196,6 +196,7 @@ func TestDescriptors(t *testing.T) {
 	// Each in a message of one byte.
 	for _, n := range []int{1, 2, 32} {
 		p.connect("A")
+		p.allowDescriptors("A")
 		p.both(fmt.Sprintf("%d descriptors", n), func(w *world) error {
 			c := w.conns["A"]
 			if err := c.Send(frame(uint32(n), args)); err != nil {
@@ -220,12 +221,25 @@ func TestDescriptors(t *testing.T) {
 	p.send("A", "one descriptor that does not come", append(frame(1, args), register(ownerA).frame()...), 1)
 	// One where none belongs.
 	p.connect("A")
+	p.allowDescriptors("A")
 	p.both("a descriptor for nothing", func(w *world) error {
 		return sendWith(w.conns["A"], register(ownerA).frame())
 	})
 	p.send("A", "and then", nil, 1)
 	p.calls("A", release("", data+"/a"))
 	p.same()
+}
+
+// allowDescriptors makes of a new connection one that descriptors can be sent on.
+func (p *pair) allowDescriptors(client string) {
+	p.t.Helper()
+	p.both("allow descriptors", func(w *world) error {
+		if err := w.conns[client].Ping(); err != nil { // not before it is accepted
+			return err
+		}
+		w.d.AllowDescriptors()
+		return nil
+	})
 }
 
 func sendFD(c *wire.Conn) error { return sendWith(c, []byte{0}) }

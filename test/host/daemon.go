@@ -223,6 +223,32 @@ func (d *Daemon) Stderr() string {
 	return string(b[:n])
 }
 
+// AllowDescriptors lets clients that are connected attach descriptors to what they send, as they could before Linux 6.16.
+func (d *Daemon) AllowDescriptors() {
+	d.t.Helper()
+	const soPassRights = 83 // asm-generic/socket.h
+	pidfd, err := unix.PidfdOpen(d.PID(), 0)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	dir := fmt.Sprintf("/proc/%d/fd", d.PID())
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	for _, e := range entries {
+		if link, _ := os.Readlink(dir + "/" + e.Name()); !strings.HasPrefix(link, "socket:") {
+			continue
+		}
+		n, _ := strconv.Atoi(e.Name())
+		if fd, err := unix.PidfdGetfd(pidfd, n, 0); err == nil {
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, soPassRights, 1) // not known before
+			unix.Close(fd)
+		}
+	}
+}
+
 // Alive tells whether the daemon's process is still running.
 func (d *Daemon) Alive() bool {
 	select {

@@ -178,9 +178,12 @@ func (d *Disk) Add(name string) {
 }
 
 // Fill makes a file with something in it.
-func (d *Disk) Fill(name string) {
+func (d *Disk) Fill(name string) { d.AddSize(name, 4096) }
+
+// AddSize makes a file of that size in bytes. What is written to it is not kept.
+func (d *Disk) AddSize(name string, size uint64) {
 	ctx := context.Background()
-	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, size: 4096, locks: map[uint64]lock{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
+	d.root.AddChild(name, d.root.NewPersistentInode(ctx, &file{disk: d, size: size, locks: map[uint64]lock{}}, fs.StableAttr{Mode: syscall.S_IFREG}), true)
 }
 
 // Tear makes every read fail from now on, as one does whose server has taken the lock away.
