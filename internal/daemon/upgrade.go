@@ -340,7 +340,8 @@ func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	deadline := time.Now().Add(patience)
 	debug.SetGCPercent(-1) // everybody waits, and mostly what is garbage now goes with the binary
 	defer debug.SetGCPercent(gcPercent)
-	servers := []*rpc.Server{d.lock, d.admin}
+	// First that of the administrator, whose calls can close clients of the other, also those that rest already.
+	servers := []*rpc.Server{d.admin, d.lock}
 	running := make([][]*rpc.Client, len(servers))
 	for i, s := range servers {
 		running[i] = s.Freeze(deadline)
