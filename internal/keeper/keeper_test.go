@@ -3,12 +3,14 @@
 package keeper
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtlockd/internal/systemd"
 )
 
 // A lock whose descriptor is stored is never free, however often the daemon is killed.
@@ -87,7 +91,7 @@ func TestEnvironment(t *testing.T) {
 	h := newHost(t, nil)
 	d := h.next()
 	env := slices.DeleteFunc(d.Env, func(kv string) bool {
-		return strings.HasPrefix(kv, envNotify+"=@") || strings.HasPrefix(kv, envKeeper+"=")
+		return strings.HasPrefix(kv, envNotify+"=") || strings.HasPrefix(kv, envKeeper+"=")
 	})
 	// JSON has no such byte.
 	want := slices.Clone(h.cmd.Env)
@@ -250,6 +254,48 @@ func TestStranger(t *testing.T) {
 	if d = h.next(); fmt.Sprint(d.Names) != "[a]" {
 		t.Errorf("stored: %v", d.Names)
 	}
+}
+
+// Who is of another user can't send at all: what he attaches the keeper would have to close, and that can hang.
+func TestOtherUser(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can be somebody else")
+	}
+	h := newHost(t, nil)
+	d := h.next()
+	d.say("READY=1")
+	var address string
+	for _, kv := range d.Env {
+		if value, ok := strings.CutPrefix(kv, envNotify+"="); ok {
+			address = value
+		}
+	}
+	try := func(uid uintptr) error {
+		result := make(chan error)
+		go func() {
+			runtime.LockOSThread() // and ends with this goroutine
+			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
+				result <- errno
+				return
+			}
+			result <- systemd.NotifierAt(address).Send("STATUS=x", 0)
+		}()
+		return <-result
+	}
+	if err := try(0); err != nil {
+		t.Error("as root: ", err)
+	}
+	if err := try(65534); !errors.Is(err, unix.EACCES) {
+		t.Error("as somebody else: ", err)
+	}
+	names, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if link, err := os.Readlink(address); err != nil || !strings.Contains(link, "(deleted)") || strings.Contains(string(names), address) {
+		t.Errorf("%s leads to %s, %v", address, link, err)
+	}
+	d.say("READY=1")
 }
 
 // A daemon that never gets ready is started less and less often, but it is.

@@ -31,7 +31,8 @@ type state struct {
 	report    int    // for the first daemon only
 
 	notify  int    // the socket that the daemon notifies
-	address string // of notify
+	file    int    // of notify, by which it is reached
+	address string // of notify, by way of file
 	hello   int    // where the daemon that has started us waits for it
 
 	pid, pidfd int    // the daemon
@@ -50,7 +51,7 @@ type state struct {
 const maxState = 64 << 20
 
 func newState(c Config) *state {
-	s := &state{args: c.Args, dir: c.Dir, report: -1, notify: -1, hello: -1, pidfd: -1}
+	s := &state{args: c.Args, dir: c.Dir, report: -1, notify: -1, file: -1, hello: -1, pidfd: -1}
 	for _, kv := range os.Environ() {
 		switch key, _, _ := strings.Cut(kv, "="); key {
 		case envNotify, envKeeper, "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "FDSTORE":
@@ -65,7 +66,7 @@ func newState(c Config) *state {
 func (s *state) fields() []field {
 	return []field{
 		{"dir", &s.dir}, {"outer", &s.outer}, {"address", &s.address}, {"how", &s.how},
-		{"report", &s.report}, {"notify", &s.notify}, {"hello", &s.hello}, {"pid", &s.pid}, {"pidfd", &s.pidfd},
+		{"report", &s.report}, {"notify", &s.notify}, {"file", &s.file}, {"hello", &s.hello}, {"pid", &s.pid}, {"pidfd", &s.pidfd},
 		{"child", &s.child}, {"ready", &s.ready}, {"stopping", &s.stopping}, {"served", &s.served},
 		{"quick", &s.quick}, {"pending", &s.pending},
 	}
@@ -145,7 +146,7 @@ func decodeState(data string) (*state, error) {
 
 // descriptors lists all that a keeper needs.
 func (s *state) descriptors() (fds []int) {
-	for _, fd := range []int{s.report, s.notify, s.hello, s.pidfd} {
+	for _, fd := range []int{s.report, s.notify, s.file, s.hello, s.pidfd} {
 		if fd >= 0 {
 			fds = append(fds, fd)
 		}

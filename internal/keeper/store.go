@@ -4,11 +4,14 @@ package keeper
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"os"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"virtlockd/internal/buildinfo"
 	"virtlockd/internal/systemd"
 )
 
@@ -61,27 +64,62 @@ type buffers struct {
 	control []byte
 }
 
-// bind makes the socket that the daemon notifies. Its address is abstract: it needs no directory, and outlives us by nothing.
-func (k *keeper) bind() error {
+// bind makes the socket that the daemon notifies. A stranger who could send there could attach a descriptor whose last close hangs, and
+// it would be ours. So the socket's file is removed at once, and its address is our descriptor of it, which the kernel lets only those of our
+// user follow (/proc/PID/fd, proc_pid_fd(5)). It outlives us by nothing.
+func (k *keeper) bind() (err error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return os.NewSyscallError("socket", err)
 	}
-	err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1))
-	if err == nil {
-		// Without a name the kernel finds one that is free.
-		err = os.NewSyscallError("bind", unix.Bind(fd, &unix.SockaddrUnix{}))
-	}
-	if err == nil {
-		var sa unix.Sockaddr
-		if sa, err = unix.Getsockname(fd); err == nil {
-			k.notify, k.address = fd, sa.(*unix.SockaddrUnix).Name
-			return nil
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
 		}
-		err = os.NewSyscallError("getsockname", err)
+	}()
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1); err != nil {
+		return os.NewSyscallError("setsockopt", err)
 	}
-	unix.Close(fd)
-	return err
+	dir, err := k.makeDir()
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	at, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(at)
+	path := fmt.Sprintf("/proc/self/fd/%d/notify", at) // however long the directory's name is
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		return fmt.Errorf("in %s: %w", dir, os.NewSyscallError("bind", err))
+	}
+	file, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	k.notify, k.file = fd, file
+	k.address = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), file)
+	return nil
+}
+
+// makeDir makes a directory that nobody else may enter, for a moment.
+func (k *keeper) makeDir() (string, error) {
+	places := []string{buildinfo.Runstatedir, os.TempDir()}
+	for _, kv := range k.env { // the daemon's: ours is small
+		if dir, ok := strings.CutPrefix(kv, "XDG_RUNTIME_DIR="); ok {
+			places = append([]string{dir}, places...)
+		}
+	}
+	var errs []error
+	for _, place := range places {
+		dir, err := os.MkdirTemp(place, name+"-")
+		if err == nil {
+			return dir, nil
+		}
+		errs = append(errs, err)
+	}
+	return "", errors.Join(errs...)
 }
 
 // receive works off the messages that have come. What is sent after the wish for another binary is that one's business: so a barrier
@@ -91,7 +129,8 @@ func (k *keeper) receive() {
 		k.in.control = make([]byte, unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4*maxStored))
 	}
 	for i := 0; i < maxRound && !k.reexec; i++ {
-		// Who sent it comes first: anybody can send, and a stranger's descriptor is never taken out, since to close it could hang.
+		// Who sent it comes first: others of our user can send, too, and everybody to an address that an earlier version has made. Their
+		// descriptors are never taken out.
 		who := k.in.control[:unix.CmsgSpace(unix.SizeofUcred)]
 		_, n, _, _, err := unix.Recvmsg(k.notify, k.in.data[:1], who, unix.MSG_PEEK)
 		if err == unix.EINTR {

@@ -21,7 +21,7 @@ type Notifier struct {
 }
 
 // For returns a Notifier that sends to the process with this pidfd only. Once it has ended its address may be anybody's; systemd's
-// is in a directory of its own, that of our keeper is abstract. The pidfd stays the caller's and has to stay open.
+// is in a directory of its own, that of our keeper has its pid. The pidfd stays the caller's and has to stay open.
 func (n Notifier) For(pidfd int) Notifier {
 	n.receiver = pidfd
 	return n
@@ -54,7 +54,7 @@ func (n Notifier) Send(state string, fds ...int) error {
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: notifyTimeout}); err != nil {
 		return fmt.Errorf("notify systemd: %w", os.NewSyscallError("setsockopt", err))
 	}
-	if err := retry(func() error { return unix.Connect(fd, &unix.SockaddrUnix{Name: n.address}) }); err != nil {
+	if err := n.connect(fd); err != nil {
 		return fmt.Errorf("notify systemd at %s: %w", n.address, os.NewSyscallError("connect", err))
 	}
 	// It lives, so it is the one that we are connected to: nobody else could have its address.
@@ -74,6 +74,20 @@ func (n Notifier) Send(state string, fds ...int) error {
 		return fmt.Errorf("notify systemd at %s: %w", n.address, os.NewSyscallError("sendmsg", err))
 	}
 	return nil
+}
+
+// connect connects a socket to the receiver. Our keeper's address is in /proc, and is not there for some milliseconds while the keeper
+// goes on as another binary.
+func (n Notifier) connect(fd int) error {
+	for deadline := time.Now().Add(notifyTimeout * time.Second); ; time.Sleep(time.Millisecond) {
+		err := retry(func() error { return unix.Connect(fd, &unix.SockaddrUnix{Name: n.address}) })
+		if err != unix.ENOENT && err != unix.EACCES || n.receiver <= 0 || time.Now().After(deadline) {
+			return err
+		}
+		if ended, readyErr := ready(n.receiver, unix.POLLIN, 0); ended || readyErr != nil {
+			return err
+		}
+	}
 }
 
 // retry repeats a call that a signal interrupted.
