@@ -211,6 +211,7 @@ type daemon struct {
 	found     *recovery // in the vault of a process that has died; nil: this one is not such a one's successor
 	left      legacy    // of another binary in this process
 	strays    bool      // not all of it could be taken over
+	unknown   []int32   // descriptors that nobody knows of, see dismissStrays
 	startTime int64     // of the first one, in ns since the epoch
 	upgrades  uint64    // how many have handed over
 	// recoveries is how many processes have taken over from one that had died.

@@ -116,7 +116,7 @@ func (p paths) ofSocket(fd int) string {
 
 // dismissStrays looks for descriptors that were inherited and that nobody has taken over. A socket of ours is closed, so that
 // whoever is at its other end learns of it. Anything else stays open: it may hold a lock, and then its file is
-// safe at least until the daemon ends.
+// safe at least until the daemon ends. The next binary gets it, and no child does: one that outlives us would keep the file locked.
 func (d *daemon) dismissStrays(inherited inheritance) {
 	var left []string
 	for fd := range inherited {
@@ -129,7 +129,8 @@ func (d *daemon) dismissStrays(inherited inheritance) {
 			unix.Close(fd)
 			continue
 		}
-		_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0) // the next binary is to have it too
+		unix.CloseOnExec(fd)
+		d.unknown = append(d.unknown, int32(fd))
 		link, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
 		left = append(left, fmt.Sprintf("%d: %s", fd, link))
 	}

@@ -524,7 +524,7 @@ func (d *daemon) replace(next *successor, s *state.Snapshot, cut bool) (err erro
 	// A child that is forked from here on would keep locks alive.
 	syscall.ForkLock.Lock()
 	defer syscall.ForkLock.Unlock()
-	fds := descriptors(s, next.reader)
+	fds := append(descriptors(s, next.reader), d.unknown...)
 	var notPassed error
 	passed := beside(len(fds), func() { notPassed = inheritable(fds, true) })
 	defer func() {
