@@ -66,6 +66,10 @@ func TestObserved(t *testing.T) {
 				if err == nil || err.Error() != want {
 					t.Fatalf("got %v, want %s", err, want)
 				}
+			case o.Conf == "admin_max_clients = 0\n": // the same
+				if err == nil || !strings.HasPrefix(err.Error(), "invalid argument: /run/c.conf:1: admin_max_clients must be at least 1: ") {
+					t.Fatalf("got %v", err)
+				}
 			case strings.HasPrefix(o.Error, "configuration file syntax error: "):
 				if err == nil || err.Error() != o.Error {
 					t.Fatalf("got %v, want %s", err, o.Error)

@@ -106,6 +106,10 @@ func (s *Settings) check() error {
 		return s.invalid("max_clients", "max_clients must be at least 1: with 0 no virtual machine could get a lock; leave it out for the default of %d",
 			Defaults().MaxClients)
 	}
+	if s.AdminMaxClients == 0 {
+		return s.invalid("admin_max_clients", "admin_max_clients must be at least 1: with 0 nobody could ask or set anything; leave it out for the default of %d",
+			Defaults().AdminMaxClients)
+	}
 	switch s.LockLostAction {
 	case "log", "pause", "kill":
 	default:

@@ -140,13 +140,15 @@ func TestW19LimitIsLogged(t *testing.T) {
 // A limit of no client at all is refused at start.
 func TestW19NoClients(t *testing.T) {
 	t.Parallel()
-	h := host.New(t)
-	d := h.Start(host.Ours(t), host.Options{Config: "max_clients = 0\n", NoWait: true})
-	if got := d.Wait(); got <= 0 {
-		t.Errorf("exit status %d", got)
-	}
-	if !strings.Contains(d.Stderr(), "max_clients") {
-		t.Errorf("message does not name the setting:\n%s", d.Stderr())
+	for _, setting := range []string{"max_clients", "admin_max_clients"} {
+		h := host.New(t)
+		d := h.Start(host.Ours(t), host.Options{Config: setting + " = 0\n", NoWait: true})
+		if got := d.Wait(); got <= 0 {
+			t.Errorf("%s: exit status %d", setting, got)
+		}
+		if !strings.Contains(d.Stderr(), " "+setting+" must be") {
+			t.Errorf("message does not name %s:\n%s", setting, d.Stderr())
+		}
 	}
 }
 
