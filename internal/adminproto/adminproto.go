@@ -278,10 +278,17 @@ func (p *Program) Undo(*rpc.Client) {}
 // Closed implements rpc.Program. A daemon that was told to end does so now that the reply is out.
 func (p *Program) Closed(c *rpc.Client, _ bool) {
 	p.mu.Lock()
-	begin := p.ends[c]
-	delete(p.ends, c)
-	p.mu.Unlock()
-	if begin != nil {
+	defer p.mu.Unlock()
+	if begin := p.ends[c]; begin != nil {
 		begin()
+		delete(p.ends, c)
 	}
+}
+
+// Ending reports whether the daemon was told to end, and only the reply has to be out before it does. That is no state to
+// hand over.
+func (p *Program) Ending() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.ends) > 0
 }

@@ -534,6 +534,32 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
+// As long as the reply is on its way the daemon is ending, so nothing is handed over that would go on.
+func TestEnding(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, defaults, defaults, func(b *bench) {
+		b.cfg.Shutdown = func(bool) (func(), error) { return func() {}, nil }
+	})
+	if err := b.dial("admin").AdminOpen(); err != nil {
+		t.Fatal(err)
+	}
+	if b.prog.Ending() {
+		t.Error("before it was asked for")
+	}
+	// The reply is not out before the call returns.
+	c := new(rpc.Client)
+	if _, err := b.prog.Call(c, 20, wire.FlagsArgs(0), nil); err != nil {
+		t.Fatal(err)
+	}
+	if !b.prog.Ending() {
+		t.Error("not while the reply is on its way")
+	}
+	b.prog.Closed(c, false)
+	if b.prog.Ending() {
+		t.Error("still, when it is out")
+	}
+}
+
 func TestShutdownRefused(t *testing.T) {
 	t.Parallel()
 	var reason atomic.Pointer[error]

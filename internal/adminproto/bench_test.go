@@ -27,6 +27,7 @@ type bench struct {
 	lock  *rpc.Server
 	admin *rpc.Server
 	cfg   adminproto.Config
+	prog  *adminproto.Program
 	peers peers
 	logs  fakeLogs
 }
@@ -113,7 +114,8 @@ func newBench(t testing.TB, lock, admin rpc.Limits, change func(*bench)) *bench 
 		})
 	}
 	b.lock = server("virtlockd", lock, &b.peers)
-	b.admin = server("admin", admin, adminproto.New(b.cfg))
+	b.prog = adminproto.New(b.cfg)
+	b.admin = server("admin", admin, b.prog)
 	go func() { ran <- p.Run(context.Background()) }()
 	t.Cleanup(func() {
 		b.admin.Shutdown()

@@ -684,7 +684,7 @@ func (d *daemon) execute(next *successor) error {
 			}
 		}()
 	}
-	if len(d.asked) > 0 {
+	if d.adminProgram.Ending() || len(d.asked) > 0 {
 		return errEnding
 	}
 	if now, err := identify(next.path); err == nil && now != next.file {
