@@ -199,7 +199,7 @@ func (k *keeper) run() int {
 		}
 		ended := k.wait()
 		k.takeSignals()
-		k.receive() // also what the daemon has sent right before its end
+		k.receive(ended) // also what the daemon has sent right before its end
 		if ended {
 			code, end, how := k.reap()
 			if end {

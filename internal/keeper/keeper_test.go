@@ -480,6 +480,28 @@ func TestReexec(t *testing.T) {
 	}
 }
 
+// The daemon's end in order counts also if its wish for another binary was not worked off before.
+func TestEndsBeforeReexec(t *testing.T) {
+	h := newHost(t, nil)
+	d := h.next()
+	d.tell("store a %s", h.dir+"/a")
+	d.say("READY=1")
+	if err := unix.Kill(d.Keeper, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintln(d.conn, "leave")
+	h.eventually("the daemon has ended", func() bool {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.PID))
+		return err == nil && strings.Contains(string(stat), ") Z ")
+	})
+	if err := unix.Kill(d.Keeper, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.exit(); got != 0 {
+		t.Errorf("exit code %d", got)
+	}
+}
+
 // Signals that come while the keeper goes on as another program, or would and can't, do not end it. The first time counts: afterwards
 // the run-time knows them as ignored.
 func TestSignalsDuringReexec(t *testing.T) {

@@ -130,6 +130,12 @@ func daemonMain() int {
 			}
 		case "upgrade": // go on in place, as a live upgrade does
 			err = unix.Exec("/proc/self/exe", os.Args, os.Environ())
+		case "leave": // in order, right after the wish for another binary
+			if err := errors.Join(link.Reexec(), n.Send("STOPPING=1")); err != nil {
+				fmt.Fprintln(os.Stderr, "daemon:", err)
+				return 96
+			}
+			return 0
 		case "exit":
 			code, _ := strconv.Atoi(arg)
 			return code

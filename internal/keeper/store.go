@@ -123,12 +123,12 @@ func (k *keeper) makeDir() (string, error) {
 }
 
 // receive works off the messages that have come. What is sent after the wish for another binary is that one's business: so a barrier
-// behind it is answered when that binary works.
-func (k *keeper) receive() {
+// behind it is answered when that binary works. Nobody waits for that if the daemon has ended.
+func (k *keeper) receive(ended bool) {
 	if k.in.control == nil {
 		k.in.control = make([]byte, unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4*maxStored))
 	}
-	for i := 0; i < maxRound && !k.reexec; i++ {
+	for i := 0; i < maxRound && (ended || !k.reexec); i++ {
 		// Who sent it comes first: others of our user can send, too, and everybody to an address that an earlier version has made. Their
 		// descriptors are never taken out.
 		who := k.in.control[:unix.CmsgSpace(unix.SizeofUcred)]
