@@ -337,13 +337,14 @@ func (d *daemon) disksAnswer() error {
 // frozen calls do with a picture of everything while nothing changes. When do returns, everything goes on.
 func (d *daemon) frozen(do func(*state.Snapshot) error) error {
 	frozen := monotonic()
-	deadline := time.Now().Add(patience)
 	debug.SetGCPercent(-1) // everybody waits, and mostly what is garbage now goes with the binary
 	defer debug.SetGCPercent(gcPercent)
 	// First that of the administrator, whose calls can close clients of the other, also those that rest already.
 	servers := []*rpc.Server{d.admin, d.lock}
 	running := make([][]*rpc.Client, len(servers))
+	var deadline time.Time
 	for i, s := range servers {
+		deadline = time.Now().Add(patience) // for each: while the administrator's calls end, locks are given
 		running[i] = s.Freeze(deadline)
 		defer s.Thaw()
 	}

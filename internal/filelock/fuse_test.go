@@ -8,7 +8,6 @@ import (
 	"log"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -387,20 +386,33 @@ func TestWorkersEnd(t *testing.T) {
 		}))
 	}
 	g.eventually(fmt.Sprint(calls), "waiting")
-	// One that does not end must not keep the others.
-	first, err := strconv.Atoi(workers()[0])
-	if err != nil {
-		t.Fatal(err)
-	}
 	g.want("ok", "free", "open")
 	for _, result := range all {
 		if err := <-result; err != nil {
 			t.Error(err)
 		}
 	}
-	_ = unix.Kill(first, unix.SIGSTOP) // it may have ended
-	eventually(t, "as many workers as may be idle, and one that is stopped", func() bool { return len(workers()) <= maxIdle+1 })
-	_ = unix.Kill(first, unix.SIGCONT)
+	eventually(t, "as many workers as may be idle", func() bool { return len(workers()) == maxIdle })
+
+	// One that does not end does not keep the next.
+	p := &f.pool
+	p.mu.Lock()
+	first := p.idle[0]
+	p.mu.Unlock()
+	if err := unix.Kill(first.pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		w, err := p.start()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.put(w)
+	}
+	eventually(t, "as many workers as may be idle, and one that is stopped", func() bool { return len(workers()) == maxIdle+1 })
+	if err := unix.Kill(first.pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
 	eventually(t, "as many workers as may be idle", func() bool { return len(workers()) == maxIdle })
 	f.Close()
 	noWorkers(t)

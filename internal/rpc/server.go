@@ -128,7 +128,8 @@ type Server struct {
 	rested   chan struct{} // a client has come to rest, or has ended, while freezing
 
 	// Clients that are to be ended. One goroutine at a time works them off,
-	// in order, so that many disconnects at once leave the others for requests.
+	// in order, so that many disconnects at once leave the others for requests. It leaves
+	// those to others that may take long, see ended.
 	endMu    sync.Mutex
 	firstEnd *Client
 	lastEnd  *Client
@@ -359,22 +360,26 @@ func due(last *time.Time) bool {
 	return true
 }
 
+// refuse closes a connection for which room was reserved, with all that came along, see ended. Until that is done it counts.
+func (s *Server) refuse(fd int) {
+	unix.Close(fd)
+	s.leave()
+}
+
 // accepted makes a client of a connection, for which room is reserved. It is
 // active. nil: the connection is closed.
 func (s *Server) accepted(fd int) *Client {
 	refuseDescriptors(fd) // it may have been made before its listening socket was ours
 	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
-		go unix.Close(fd) // with what it has sent, see ended
 		s.log.Error("cannot tell who has connected", "error", os.NewSyscallError("getsockopt(SO_PEERCRED)", err))
-		s.leave()
+		go s.refuse(fd)
 		return nil
 	}
 	up, err := uptime()
 	if err != nil {
-		go unix.Close(fd)
 		s.log.Error("cannot accept a client", "error", err)
-		s.leave()
+		go s.refuse(fd)
 		return nil
 	}
 	c := &Client{
@@ -393,9 +398,8 @@ func (s *Server) accepted(fd int) *Client {
 	c.id = s.lastID
 	s.mu.Unlock()
 	if !allowed {
-		go unix.Close(fd)
 		s.log.Error(fmt.Sprintf("operation forbidden: Disallowing client %d with uid %d", cred.Pid, cred.Uid))
-		s.leave()
+		go s.refuse(fd)
 		return nil
 	}
 
