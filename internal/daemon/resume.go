@@ -166,6 +166,7 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	if d.found != nil {
 		d.settleRecovery(d.found, owners) // before anything else works on what a worker process may still be at
 	}
+	d.settleStrays(strays) // before anything is released, or stored once more, of which a copy is there
 	for i, o := range owners {
 		// One that was found dead while owners were taken over had no locks yet.
 		if o.Dead() || endedMeanwhile(s, &s.Owners[i], o) {
@@ -177,7 +178,6 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 		d.makeSafe()
 	}
 	d.storeEverything()
-	d.settleStrays(strays)
 	for _, o := range owners {
 		o.Release()
 	}
@@ -744,8 +744,8 @@ func cellsOf(s *state.Snapshot) []uint32 {
 }
 
 // settleStrays empties the cells of clients that were left behind with a request that hangs, so that their peers see the end
-// of the connection, and undoes what was stored after the snapshot: acquired for them, or once more. What a worker process still works on is
-// left to it.
+// of the connection, and undoes what was acquired for them after the snapshot. What was being stored once more is the hold's cell, or goes. What a
+// worker process still works on is left to it.
 func (d *daemon) settleStrays(strays []vault.Found) {
 	v := d.safety.vault
 	unanswered := map[vault.Origin]bool{}
@@ -757,13 +757,9 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 	}
 	for i := range strays {
 		f := &strays[i]
-		switch {
-		case f.Hold == nil || vault.Releaser(f.Cell.Word().Load()) != 0:
-		case unanswered[f.Hold.Origin]:
+		if f.Hold != nil && vault.Releaser(f.Cell.Word().Load()) == 0 && unanswered[f.Hold.Origin] {
 			// As long as its client's cell is there that tells of it, too. A process that comes after this one, should it die here, finds only this.
 			f.Cell.Word().Store(vault.Releasing)
-		case f.Hold.Origin == vault.Origin{} && d.table.Has(f.Hold): // it was being stored once more
-			f.Cell.Word().Store(vault.Moving)
 		}
 	}
 	for i := range strays {
@@ -791,12 +787,11 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 			}
 		case f.Err != nil:
 			d.log.Error(d.cause+"something in the vault is not understood; it stays there", "cell", f.Cell.Index(), "error", f.Err)
+		case d.settleCopy(v, f):
 		case worker != 0:
 			returnAfter(v, f.Cell, worker)
 		case f.Hold != nil && f.Cell.Word().Load() == vault.Releasing:
 			d.settleReleased(v, f)
-		case f.Hold != nil && f.Cell.Word().Load() == vault.Moving && d.table.Has(f.Hold):
-			returnAfter(v, f.Cell, 0) // the other one counts
 		default:
 			d.log.Error(d.cause+"something in the vault belongs to nobody; it stays there, so a file that it locks stays locked", "cell", f.Cell.Index())
 			if f.Hold != nil {
@@ -804,6 +799,23 @@ func (d *daemon) settleStrays(strays []vault.Found) {
 			}
 		}
 	}
+}
+
+// settleCopy goes on with a hold of the table that was being stored once more, and tells whether that is what lies in the cell. A copy that is the
+// only one in the vault is kept: until the hold is stored again, which may wait for other disks, a crash would lose it.
+func (d *daemon) settleCopy(v *vault.Vault, f *vault.Found) bool {
+	if f.Hold == nil || f.Hold.Origin != (vault.Origin{}) {
+		return false
+	}
+	if word := f.Cell.Word().Load(); word == vault.Releasing || vault.Releaser(word) != 0 {
+		return false
+	}
+	has, taken := d.table.StoredAgain(f.Hold, f.Cell)
+	if has && !taken {
+		f.Cell.Word().Store(vault.Moving) // until it is empty, whoever finds both takes the other one
+		returnAfter(v, f.Cell, 0)
+	}
+	return has
 }
 
 // settleReleased ends a hold that was being released: its acquisition was not answered, it waited for a place at its disk, or the file of a lock

@@ -130,12 +130,32 @@ func (r *resource) stored() *vault.Cell {
 	return cell
 }
 
-// Has tells whether a hold is in the table, wherever it is stored there: by the number of its owner, and since when he has it.
-func (t *Table) Has(h *vault.Hold) bool {
+// StoredAgain is about a cell with a hold that was being stored when the binary before this one was replaced, so that nothing but its record tells
+// of it. has says that the hold is in the table: its owner's number is the same, and since when he has it. If it was not stored there yet, this is
+// its cell from now on, and taken says so; else the cell is not needed.
+func (t *Table) StoredAgain(f *vault.Hold, cell *vault.Cell) (has, taken bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	r := t.lookup(h.Lockspace, h.Name)
-	return r != nil && slices.ContainsFunc(r.holders, func(is hold) bool { return is.owner.PID == h.Owner.PID && is.since == h.Since })
+	r := t.lookup(f.Lockspace, f.Name)
+	if r == nil || r.phase != held {
+		return false, false
+	}
+	for i := range r.holders {
+		h := &r.holders[i]
+		if h.owner.PID != f.Owner.PID || h.since != f.Since {
+			continue
+		}
+		has = true
+		if h.cell == nil { // an owner may have several holds of which it is not known since when
+			t.nowStored(r, nil, cell)
+			h.cell = cell
+			r.lock.Stored(cell)
+			cell.Word().Store(0)
+			h.note()
+			return true, true
+		}
+	}
+	return has, false
 }
 
 // LeftBehind is about a cell whose hold has ended in the binary before this one. others says that somebody holds the resource, and last that

@@ -125,7 +125,7 @@ func hanging(root int) (vault.Origin, error) {
 	return vault.Origin{}, errors.Join(errors.New("no request hangs"), err)
 }
 
-// A hold is being stored once more, as when it comes from the C daemon or its lock was taken again, and lies in a cell that the snapshot does not
+// A hold is being stored once more, and lies in a cell that the snapshot does not
 // name: the one that it names counts.
 func TestStoredOnceMoreWhileFrozen(t *testing.T) {
 	t.Parallel()
