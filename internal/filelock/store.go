@@ -77,7 +77,7 @@ func (l *Lock) Forget(cell, other *vault.Cell) bool {
 	return true
 }
 
-// In tells whether a lock's own descriptor, which is no hold's, is that of a cell: it was one in the binary before this one.
+// In tells whether a lock that was taken over, and that is not said to lie in the cell of a hold yet, lies in this one.
 func (l *Lock) In(cell *vault.Cell) bool {
 	if l.mount == "" || !l.private {
 		return false

@@ -3,6 +3,7 @@
 package lockspace
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -12,6 +13,7 @@ import (
 	"virtlockd/internal/filelock"
 	"virtlockd/internal/owner"
 	"virtlockd/internal/state"
+	"virtlockd/internal/vault"
 )
 
 // Freeze stops every change of the table until Thaw, for the time of a hand-over. It first lets what is under way
@@ -70,11 +72,11 @@ func (r *resource) snapshot(owners []int32) state.Resource {
 	}
 	for i, h := range r.holders {
 		res.Since[i] = h.since
-		if h.cell != nil {
+		if cell := cmp.Or(h.cell, h.spare); cell != nil {
 			if res.Cells == nil {
 				res.Cells = make([]uint32, len(r.holders))
 			}
-			res.Cells[i] = h.cell.Index()
+			res.Cells[i] = cell.Index()
 		}
 	}
 	return res
@@ -136,6 +138,9 @@ func (t *Table) Adopt(dir string, res *state.Resource, owners []*owner.Owner, lo
 		}
 		if i < len(res.Cells) {
 			h.cell = t.cell(res.Cells[i])
+		}
+		if h.cell != nil && h.cell.Word().Load() == vault.Moving && !lock.In(h.cell) {
+			h.cell, h.spare = nil, h.cell // it was being moved: what lies there was lost, and the lock is another one
 		}
 		if !lies && h.cell != nil {
 			lies = true

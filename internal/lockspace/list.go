@@ -200,16 +200,18 @@ func (t *Table) Regain(e *Entry, unreadable bool) error {
 // its cells. The caller has r to itself.
 func (t *Table) move(r *resource, lock *filelock.Lock) {
 	old := r.lock
-	t.mu.Lock()
+	t.mu.Lock() // whoever goes on in the midst of this knows which cells have the lock
+	for i := range r.holders {
+		if cell := r.holders[i].cell; cell != nil {
+			cell.Word().Store(vault.Moving)
+		}
+	}
 	r.lock = lock
 	t.mu.Unlock()
 	last := r.cell
 	r.cell = nil
 	for i := range r.holders {
 		h := &r.holders[i]
-		if h.cell != nil {
-			h.cell.Word().Store(vault.Moving)
-		}
 		cell := t.keep(r, h.owner, vault.Origin{}, h.since)
 		if cell != nil && h.cell != nil {
 			h.cell.Word().Store(vault.Releasing) // in a crash, one of the two counts
@@ -219,7 +221,9 @@ func (t *Table) move(r *resource, lock *filelock.Lock) {
 		}
 		last = cmp.Or(h.cell, last)
 		t.nowStored(r, h.cell, cell)
-		h.cell = cell
+		if h.cell = cell; cell != nil {
+			t.dropSpare(h)
+		}
 		h.note()
 		t.mu.Unlock()
 	}

@@ -87,6 +87,7 @@ type hold struct {
 	serial uint64
 	since  int64       // Unix time in ns; 0: not known, from a C daemon
 	cell   *vault.Cell // what it is stored in; nil: it ends with the process
+	spare  *vault.Cell // where it lies with a lost lock that the resource's has replaced, until it is stored with that; or nil
 }
 
 // Hold names one acquisition, so that just this one can be undone. The zero value names none.
@@ -483,6 +484,7 @@ func (t *Table) addHolder(r *resource, h hold) (serial uint64) {
 func (t *Table) dropHolder(r *resource, i int, why events.Reason) {
 	o, cell := r.holders[i].owner, r.holders[i].cell
 	t.report(events.Released, why, r, o, 0)
+	t.dropSpare(&r.holders[i])
 	r.holders = slices.Delete(r.holders, i, i+1)
 	t.ended(r, cell)
 	of := t.byOwner[o]

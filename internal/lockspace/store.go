@@ -3,6 +3,7 @@
 package lockspace
 
 import (
+	"cmp"
 	"slices"
 
 	"virtlockd/internal/events"
@@ -102,6 +103,17 @@ func (h *hold) note() {
 	}
 }
 
+// dropSpare empties the spare cell of a hold that is stored elsewhere now, or has ended. t.mu is held.
+func (t *Table) dropSpare(h *hold) {
+	cell := h.spare
+	if cell == nil {
+		return
+	}
+	h.spare = nil
+	cell.Word().Store(vault.Releasing)
+	go t.vault.Load().Release(cell) // with the last description of a lock that was lost: its disk may hang
+}
+
 // unstore takes a hold, which is no longer among r's, out of its cell. That of the last one goes with the lock.
 // t.mu is held; nothing here blocks.
 func (t *Table) unstore(r *resource, cell *vault.Cell) {
@@ -152,6 +164,7 @@ func (t *Table) StoredAgain(f *vault.Hold, cell *vault.Cell) (has, taken bool) {
 			r.lock.Stored(cell)
 			cell.Word().Store(0)
 			h.note()
+			t.dropSpare(h)
 			return true, true
 		}
 	}
@@ -197,7 +210,7 @@ func (t *Table) storeSpace(s *space) {
 	}
 }
 
-// StoreAll stores what is not stored yet: locks that were taken over from a daemon that has no vault. It goes on when some
+// StoreAll stores what is not stored yet: locks that were taken over from a daemon that has no vault, or that had just been taken again. It goes on when some
 // can't be stored, and may block, if a file is on a disk that hangs. It returns how many holds it has stored.
 func (t *Table) StoreAll() (n int) {
 	t.mu.Lock()
@@ -238,6 +251,7 @@ func (t *Table) storeResource(r *resource) (n int) {
 		t.nowStored(r, nil, cell)
 		if r.holders[i].cell = cell; cell != nil {
 			n++
+			t.dropSpare(&r.holders[i])
 		}
 		r.holders[i].note()
 		r.phase = held
@@ -259,10 +273,12 @@ func (t *Table) cell(index uint32) *vault.Cell {
 // a process that comes after this one finds that the hold is being released.
 func (t *Table) ReleaseStored(lockspace, name string, cell uint32) error {
 	last, err := t.dropOne(&Request{Lockspace: lockspace, Resource: name}, events.ClientGone, func(r *resource) int {
-		return slices.IndexFunc(r.holders, func(h hold) bool { return h.cell.Index() == cell })
+		return slices.IndexFunc(r.holders, func(h hold) bool { return cmp.Or(h.cell, h.spare).Index() == cell })
 	})
 	if last != nil {
-		last.cell.Word().Store(vault.Releasing)
+		if last.cell != nil {
+			last.cell.Word().Store(vault.Releasing)
+		}
 		t.giveUpAll([]*resource{last})
 	}
 	return err
@@ -312,7 +328,7 @@ func (t *Table) LeaveVault() error {
 		for _, r := range s.resources {
 			for i := range r.holders {
 				t.nowStored(r, r.holders[i].cell, nil)
-				r.holders[i].cell = nil
+				r.holders[i].cell, r.holders[i].spare = nil, nil
 			}
 			if r.phase == held {
 				r.cell = nil

@@ -57,7 +57,7 @@ const Stopped = 3
 const Ending = 6
 
 // Moving is the word of a hold that is being stored once more, with another lock on its file. Whoever finds both after a crash
-// releases this one.
+// releases this one; who takes over from a live process, which has that other lock, stores the hold with it first.
 const Moving = 5
 
 // What a worker process does is in the low bits of the word, beside its number.
