@@ -32,6 +32,7 @@ type recovery struct {
 	resources map[resourceKey]*state.Resource
 	progress  map[uint64]rpc.Progress // of the lock server's clients, by their id
 	unseen    bool                    // there is a hold that is not understood, or a worker process may be about to store one
+	alone     []*vault.Cell           // whose holds were being moved, with the lock that is taken over
 	unsettled []unsettled
 	dismissed []dismissed
 }
@@ -131,6 +132,11 @@ func (d *daemon) recoverContents(v *vault.Vault, found []vault.Found) (*recovery
 			if f.Hold != nil && !errors.Is(err, vault.ErrEmpty) { // as it is when a worker process has released it just now
 				d.safety.orphans++
 			}
+		}
+	}
+	if !r.unseen { // else another cell may have the same hold, and this one is to lose
+		for _, cell := range r.alone {
+			cell.Word().Store(0) // for what is done to the owner
 		}
 	}
 	r.complete(spaces)
@@ -347,6 +353,9 @@ func (r *recovery) hold(f *vault.Found) error {
 		h.Owner.Kind = state.Verified
 	}
 	moved := word == vault.Moving && r.holds(res, h)
+	if word == vault.Moving && !moved && (len(res.Cells) == 0 || slices.Contains(r.alone, r.vault.Cell(res.Cells[0]))) {
+		r.alone = append(r.alone, f.Cell)
+	}
 	filled := worker == 0 && vault.Worker(word) != 0 // that process has nothing more to do here
 	// That process is noted until whoever asked for the hold is answered. A live upgrade may have taken his connection away since.
 	p, known := r.progress[h.Client]
@@ -354,7 +363,7 @@ func (r *recovery) hold(f *vault.Found) error {
 	switch {
 	case filled && unanswered:
 		f.Cell.Word().Store(vault.Releasing)
-	case filled || word == vault.Moving && !moved && !r.unseen:
+	case filled:
 		f.Cell.Word().Store(0) // for what is done to the owner
 	}
 	res.Owners = append(res.Owners, r.owner(h.Owner))

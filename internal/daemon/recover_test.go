@@ -42,7 +42,8 @@ func TestRecoveredHolds(t *testing.T) {
 		{name: "one is released", words: []uint64{vault.Releasing, 0}, held: []int{1, 2}, end: []int{1}},
 		{name: "replaced, and not marked yet", words: []uint64{vault.Moving, 0}, same: true, held: []int{1, 2}, end: []int{1}},
 		{name: "to be replaced", words: []uint64{vault.Moving}, held: []int{1}, after: []uint64{0}},
-		{name: "to be replaced, beside others", words: []uint64{vault.Moving, 0}, held: []int{1, 2}, after: []uint64{0, 0}},
+		{name: "to be replaced, beside others", words: []uint64{vault.Moving, vault.Moving}, held: []int{1, 2}, after: []uint64{0, 0}},
+		{name: "to be replaced, beside one that is", words: []uint64{vault.Moving, 0}, held: []int{1, 2}},
 		{name: "to be replaced at any moment", words: []uint64{vault.Moving}, held: []int{1}, filling: true},
 		{name: "stopped", words: []uint64{vault.Stopped, 0}, held: []int{1, 2}},
 		{name: "being ended", words: []uint64{vault.Ending, 0}, held: []int{1, 2}},
@@ -189,6 +190,45 @@ func TestRecoveryLeaves(t *testing.T) {
 	}
 	for _, res := range r.snapshot.Default {
 		unix.Close(int(res.FD))
+	}
+}
+
+// A hold that was being moved goes on to be the one that loses, if not everything could be opened, be it found late: the other one may be there.
+func TestRecoveryLeavesMoving(t *testing.T) {
+	t.Parallel()
+	v, err := vault.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.GiveUp()
+	h := vault.Hold{Name: "disk", Owner: state.Owner{PIDFD: state.NoFD}}
+	record := h.Record(nil)
+	vault.SetFile(record, state.File{Dev: 1, Ino: 2})
+	for range 2 {
+		c, err := v.Store(record, v.Root()) // any file
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Word().Store(vault.Moving)
+	}
+	root, err := unix.FcntlInt(uintptr(v.Root()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{log: slog.New(slog.DiscardHandler)}
+	next, found, err := d.openVault([]int{root})
+	if err != nil || len(found) != 2 {
+		t.Fatalf("%d records, %v", len(found), err)
+	}
+	defer next.Close()
+	found[1].Cell.Close()
+	r, err := d.recoverContents(next, found)
+	if err != nil || len(r.snapshot.Default) != 1 || d.safety.orphans != 1 {
+		t.Fatalf("%+v, %v, %d left", r, err, d.safety.orphans)
+	}
+	defer unix.Close(int(r.snapshot.Default[0].FD))
+	if word := found[0].Cell.Word().Load(); word != vault.Moving {
+		t.Errorf("beside the first one stands %#x, want %#x", word, vault.Moving)
 	}
 }
 
