@@ -40,9 +40,12 @@ func (l *Lock) Store(cell *vault.Cell, record []byte, pidfd int32) error {
 
 // Stored says that Store has put the file into this cell: a remote lock that had a cell of its own needs that no more.
 func (l *Lock) Stored(cell *vault.Cell) {
-	if l.private {
-		l.LiesIn(cell)
+	if !l.private {
+		return
 	}
+	own := int(l.fd)
+	l.fd, l.private = int32(cell.FD()), false
+	go unix.Close(own) // older kernels look through all sockets in flight for that, and the caller has others wait
 }
 
 func (l *Lock) storeRemote(cell *vault.Cell, record []byte, fds []int) error {
