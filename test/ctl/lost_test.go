@@ -251,6 +251,58 @@ func TestRegainHangs(t *testing.T) {
 	wantChecks(t, g.h, 601, "")
 }
 
+// A lock that was taken again is held through a live upgrade while it is being stored on a disk that hangs, and after a crash then.
+func TestRegainedWhileReplaced(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t, "kill", "--keeper")
+	disk := g.hangingRegain()
+	disk.Hang(slowdisk.Flush)
+	disk.Resume(slowdisk.Lock)
+	disk.AwaitHang(slowdisk.Flush) // of the worker that has taken it
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	free := 0
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Millisecond / 10):
+			}
+			if !disk.Locked("a") {
+				free++
+			}
+		}
+	}()
+	disk.Pass(slowdisk.Flush)
+	disk.AwaitHang(slowdisk.Flush) // of the one that stores it
+	g.look()
+	disk.Resume(slowdisk.Flush)
+	var locks []inspect.Lock
+	stored := func() bool {
+		read(t, g.h, ok, &locks, "list", "-r", "/tmp/slow/a")
+		return len(locks) == 1 && len(locks[0].Owners) == 1 && locks[0].CrashSafe
+	}
+	if !host.Eventually(stored) {
+		t.Errorf("after the live upgrade: %+v", locks)
+	}
+	crash(t, g.h, g.d)
+	if !stored() {
+		t.Errorf("after the crash: %+v", locks)
+	}
+	wantChecks(t, g.h, 601, "")
+	close(stop)
+	<-stopped
+	if free > 0 {
+		t.Errorf("the disk was unlocked at %d looks", free)
+	}
+	must(t, g.c.Release("", "/tmp/slow/a"))
+	if disk.Locked("a") {
+		t.Error("it stays locked")
+	}
+	end(g.T, g.h, g.d)
+}
+
 // An administrator's order that waits for a disk is answered, and keeps nobody from replacing the daemon.
 func TestReleaseOnHungDisk(t *testing.T) {
 	t.Parallel()

@@ -140,6 +140,16 @@ func (d *Disk) Resume(op Op) {
 	}
 }
 
+// Pass lets those that wait go on, and makes later ones of that kind wait.
+func (d *Disk) Pass(op Op) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if h := d.hung[op]; h != nil {
+		close(h.resume)
+		d.hung[op] = &hang{resume: make(chan struct{})}
+	}
+}
+
 // Waiting tells how many operations of that kind wait now.
 func (d *Disk) Waiting(op Op) int {
 	d.mu.Lock()
