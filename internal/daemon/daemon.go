@@ -464,9 +464,7 @@ func (d *daemon) start(fault error) (err error) {
 	if resume != nil {
 		d.takeOver(resume, d.left.problems)
 		d.adoptListeners(resume, passed)
-		if d.strays {
-			d.dismissStrays(d.left.inherited)
-		}
+		d.dismissStrays(d.left.inherited)
 		undo(d.forgetNote)
 		undo(d.forsake)
 		d.followConfigSince(resume)

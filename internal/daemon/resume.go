@@ -116,8 +116,10 @@ func (p paths) ofSocket(fd int) string {
 
 // dismissStrays looks for descriptors that were inherited and that nobody has taken over. A socket of ours is closed, so that
 // whoever is at its other end learns of it. Anything else stays open: it may hold a lock, and then its file is
-// safe at least until the daemon ends. The next binary gets it, and no child does: one that outlives us would keep the file locked.
+// safe at least until the daemon ends. Each binary to come gets it, and no child does: one that outlives us would keep the file
+// locked. So this is done after each live upgrade; it is told only where something has just gone wrong.
 func (d *daemon) dismissStrays(inherited inheritance) {
+	tell := d.left.err != nil || d.strays
 	var left []string
 	for fd := range inherited {
 		if !inherited.has(fd) {
@@ -129,12 +131,16 @@ func (d *daemon) dismissStrays(inherited inheritance) {
 			unix.Close(fd)
 			continue
 		}
-		unix.CloseOnExec(fd)
-		d.unknown = append(d.unknown, int32(fd))
-		link, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
-		left = append(left, fmt.Sprintf("%d: %s", fd, link))
+		if d.found == nil { // else it was opened here, and lies in the vault as well
+			unix.CloseOnExec(fd)
+			d.unknown = append(d.unknown, int32(fd))
+		}
+		if tell {
+			link, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+			left = append(left, fmt.Sprintf("%d: %s", fd, link))
+		}
 	}
-	if len(left) > 0 && (d.left.err != nil || d.strays) {
+	if len(left) > 0 {
 		d.log.Error("descriptors that nobody knows of stay open until the daemon ends, so files that they may lock stay locked", "descriptors", left)
 	}
 }
@@ -159,10 +165,11 @@ func (d *daemon) takeOver(s *state.Snapshot, problems []state.Problem) {
 	owners := d.adoptOwners(s)
 	take, heirs := d.inheritLocks(s)
 	// Independent of each other, and everybody waits for the slower one.
-	var locks int
-	entered := beside(len(heirs), func() { locks = d.adoptLocks(take, heirs, owners) })
+	var locks, misfits int
+	entered := beside(len(heirs), func() { locks, misfits = d.adoptLocks(take, heirs, owners) })
 	clients := d.adoptClients(s, owners)
 	entered()
+	d.strays = d.strays || misfits > 0
 	if d.found != nil {
 		d.settleRecovery(d.found, owners) // before anything else works on what a worker process may still be at
 	}
@@ -319,6 +326,7 @@ func (d *daemon) inheritLocks(s *state.Snapshot) (*filelock.Takeover, []heir) {
 	add := func(dir string, rs []state.Resource, cell uint32) {
 		if err := d.table.Restore(dir, len(rs), cell); err != nil {
 			d.log.Error(d.cause+"a lockspace is not kept", "error", err)
+			d.strays = d.strays || len(rs) > 0
 			return
 		}
 		for i := range rs {
@@ -342,8 +350,9 @@ func (d *daemon) inheritLocks(s *state.Snapshot) (*filelock.Takeover, []heir) {
 	return take, heirs
 }
 
-// adoptLocks takes over the other locks and enters all into the table. Those that could not be inherited are taken anew.
-func (d *daemon) adoptLocks(take *filelock.Takeover, heirs []heir, owners []*owner.Owner) (n int) {
+// adoptLocks takes over the other locks and enters all into the table: n of them. Those that could not be inherited, misfits, are taken
+// anew.
+func (d *daemon) adoptLocks(take *filelock.Takeover, heirs []heir, owners []*owner.Owner) (n, misfits int) {
 	for i := range heirs {
 		if h := &heirs[i]; h.lock != nil {
 			if err := take.Rejoin(h.lock); err != nil {
@@ -364,6 +373,7 @@ func (d *daemon) adoptLocks(take *filelock.Takeover, heirs []heir, owners []*own
 	for i := range heirs {
 		h := &heirs[i]
 		if h.lock == nil {
+			misfits++
 			d.lockAnew(h)
 		}
 		if d.adoptLock(h, owners) {
@@ -372,7 +382,7 @@ func (d *daemon) adoptLocks(take *filelock.Takeover, heirs []heir, owners []*own
 			d.safety.orphans += stored(h.res)
 		}
 	}
-	return n
+	return n, misfits
 }
 
 // stored counts the holds of a resource that lie in the vault.
@@ -411,6 +421,10 @@ func (d *daemon) adoptLock(h *heir, owners []*owner.Owner) bool {
 	rivals, err := d.table.Adopt(h.dir, h.res, holders, h.lock)
 	if err != nil {
 		tell(slog.LevelError, d.cause+"a lock is kept, but nobody can release it", "error", err)
+		if stored(h.res) == 0 { // else the vault keeps it, also over the next live upgrade
+			fd, _ := h.lock.State()
+			d.unknown = append(d.unknown, int32(fd))
+		}
 		return false
 	}
 	for _, rival := range rivals {
@@ -708,8 +722,8 @@ func (d *daemon) adoptVault(s *state.Snapshot) (strays []vault.Found) {
 			d.strays = true // its root, with all that it keeps open
 			return nil
 		}
-		d.left.inherited.taken(int(s.Vault))
 	}
+	d.left.inherited.taken(int(s.Vault))
 	d.safety.cell = v.Cell(s.Cell)
 	// If somebody has passed it to us, or has kept it for the binary before, no more proof is needed that it is kept. Else guard sees to it.
 	var why error

@@ -192,6 +192,33 @@ func carriesPIDFile(t *testing.T, m *machine) {
 	outside.Quiet()
 }
 
+// A descriptor that nobody knows of, and the lock on it, stays over any number of live upgrades.
+func TestCarriesUnknown(t *testing.T) {
+	t.Parallel()
+	h := host.New(t)
+	path := host.Data + "/unknown"
+	h.WriteFile(path, "", 0o600)
+	var file *os.File
+	h.Must(func() (err error) {
+		file, err = os.OpenFile(path, os.O_RDWR, 0)
+		return err
+	})
+	defer file.Close()
+	must(t, unix.FcntlFlock(file.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1}))
+	m := startOn(t, h, host.Ours(t), host.Options{Files: []*os.File{file}})
+	must(t, file.Close())
+	for i := range 4 {
+		if m.Free(path, true) {
+			t.Fatalf("after %d live upgrades its lock is given away", i)
+		}
+		m.usr1()
+	}
+	m.Stop()
+	if !m.Free(path, true) {
+		t.Error("its lock outlives the daemon")
+	}
+}
+
 // systemd is told in the right order.
 func TestNotifies(t *testing.T) { bothForms(t, host.Ours(t), nil, notifies) }
 

@@ -72,7 +72,11 @@ var damages = map[string]func(h *handed) error{
 	},
 	"no default lockspace": func(h *handed) error { delete(h.state, "defaultLockspace"); return nil },
 	"lock without owners":  func(h *handed) error { h.locks[0]["owners"] = []int{}; return nil },
-	"lock not open":        func(h *handed) error { return swap(h.locks[0], 999) },
+	"lock under another name": func(h *handed) error {
+		h.locks[0]["path"] = host.Data + "/another"
+		return nil
+	},
+	"lock not open": func(h *handed) error { return swap(h.locks[0], 999) },
 	"lock on another file": func(h *handed) error {
 		fd, err := unix.Open(host.Data+"/another", unix.O_RDWR, 0)
 		return errors.Join(err, swap(h.locks[0], fd))
@@ -316,6 +320,31 @@ func TestFaultyStateDetached(t *testing.T) {
 			}
 			if g.ended() {
 				t.Error("the daemon has left its process")
+			}
+		})
+	}
+}
+
+// A lock that could not be taken over is not given away by a later live upgrade either.
+func TestFaultyStateThenUpgrades(t *testing.T) {
+	t.Parallel()
+	for _, damage := range []string{"magic", "no default lockspace", "lock without owners", "lock under another name"} {
+		t.Run(damage, func(t *testing.T) {
+			t.Parallel()
+			g := receive(t, damage)
+			for n := range 4 {
+				for i := range 3 {
+					if g.Free(giverLock(i), true) {
+						t.Fatalf("after %d live upgrades lock %d is free in the kernel", n, i)
+					}
+				}
+				taken := func() int { return strings.Count(g.log(), successLine) }
+				before := taken()
+				must(t, syscall.Kill(g.pid, syscall.SIGUSR1))
+				eventually(t, "a live upgrade", func() bool { return taken() > before || g.ended() })
+			}
+			if g.ended() {
+				t.Error("the daemon has ended")
 			}
 		})
 	}
