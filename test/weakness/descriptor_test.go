@@ -79,11 +79,12 @@ func newDevice(t *testing.T, h *host.Host, disk *slowdisk.Disk, dir string) *os.
 	disk.AddSize("device", size)
 	var device *os.File
 	h.Must(func() error {
-		backing, err := os.OpenFile(filepath.Join(dir, "device"), os.O_RDWR, 0)
+		// Not by package os: the run-time would have the kernel ask the disk whether it is ready, with all waiting that has to answer.
+		backing, err := unix.Open(filepath.Join(dir, "device"), unix.O_RDWR|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return err
 		}
-		defer backing.Close()
+		defer unix.Close(backing)
 		control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 		if err != nil {
 			return err
@@ -98,7 +99,7 @@ func newDevice(t *testing.T, h *host.Host, disk *slowdisk.Disk, dir string) *os.
 				return err
 			}
 			// It is free again when it is closed.
-			config := unix.LoopConfig{Fd: uint32(backing.Fd()), Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR}}
+			config := unix.LoopConfig{Fd: uint32(backing), Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR}}
 			switch err = unix.IoctlLoopConfigure(int(device.Fd()), &config); err {
 			case nil:
 				_, err = device.Write(make([]byte, size))
