@@ -384,6 +384,11 @@ func TestDescriptorsRefused(t *testing.T) {
 // TestOlderConnectionsRefuse: those that were made before their listening socket was ours, and those of a binary that did not
 // know of it.
 func TestOlderConnectionsRefuse(t *testing.T) {
+	descriptor := func(c *Client) int {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.fd
+	}
 	accepts := func(fd int) bool {
 		on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, 83)
 		if err == unix.ENOPROTOOPT {
@@ -412,15 +417,15 @@ func TestOlderConnectionsRefuse(t *testing.T) {
 	}
 	p.call(procEcho, nil)
 	c := old.Clients()[0]
-	if accepts(c.fd) {
+	if accepts(descriptor(c)) {
 		t.Error("a connection takes descriptors that was made before its socket was ours")
 	}
-	if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, passRights, 1); err != nil {
+	if err := unix.SetsockoptInt(descriptor(c), unix.SOL_SOCKET, passRights, 1); err != nil {
 		t.Fatal(err)
 	}
 	handOver(t, old, next, c)
 	p.call(procEcho, nil)
-	if accepts(next.Clients()[0].fd) {
+	if accepts(descriptor(next.Clients()[0])) {
 		t.Error("a connection takes descriptors that was handed over")
 	}
 	old.Thaw()
