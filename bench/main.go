@@ -103,10 +103,9 @@ func (b *bench) main(only, jsonFile, svgFile string) error {
 		b.c = ""
 	}
 	settle()
-	if err := adopt(); err != nil {
+	if err := host.StartReaper(); err != nil {
 		return err
 	}
-	defer endAll()
 	if b.dir, err = os.MkdirTemp(b.dir, "virtlockd-bench-"); err != nil {
 		return err
 	}
@@ -115,7 +114,7 @@ func (b *bench) main(only, jsonFile, svgFile string) error {
 	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM)
 	go func() {
 		<-interrupted
-		endAll()
+		host.EndAll()
 		os.RemoveAll(b.dir)
 		os.Exit(1)
 	}()

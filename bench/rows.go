@@ -478,7 +478,7 @@ func (b *bench) idleWorkers(s *scope) {
 			s.must(c.recv())
 		}
 		b.rest()
-		for _, pid := range children(t.d.PID()) {
+		for _, pid := range host.Children(t.d.PID()) {
 			u, err := memoryOf(pid)
 			s.must(err)
 			row.add(ours, u.private)

@@ -28,7 +28,7 @@ func (b *bench) kept(s *scope, pinned bool) *subject {
 // daemon returns the process that the keeper has started.
 func (t *subject) daemon() int {
 	var pids []int
-	if !host.Eventually(func() bool { pids = children(t.d.PID()); return len(pids) == 1 }) {
+	if !host.Eventually(func() bool { pids = host.Children(t.d.PID()); return len(pids) == 1 }) {
 		t.s.Fatalf("the keeper has the children %v", pids)
 	}
 	return pids[0]
@@ -134,7 +134,7 @@ func (b *bench) recovery(s *scope) {
 			s.must(unix.Kill(before, unix.SIGKILL))
 			go func() {
 				for {
-					if now := children(t.d.PID()); len(now) == 1 && now[0] != before {
+					if now := host.Children(t.d.PID()); len(now) == 1 && now[0] != before {
 						started <- clock()
 						return
 					}

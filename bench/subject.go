@@ -308,24 +308,6 @@ func memoryOf(pid int) (use, error) {
 	return u, nil
 }
 
-// children of a process.
-func children(pid int) []int {
-	var out []int
-	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-	for _, task := range tasks {
-		b, err := os.ReadFile(task)
-		if err != nil {
-			continue
-		}
-		for _, f := range strings.Fields(string(b)) {
-			if n, err := strconv.Atoi(f); err == nil {
-				out = append(out, n)
-			}
-		}
-	}
-	return out
-}
-
 // rest lets things settle after a load.
 func (b *bench) rest() {
 	time.Sleep(time.Duration(b.pick(1000, 10000)) * time.Millisecond)

@@ -93,20 +93,28 @@ func TestWeakLock(t *testing.T) {
 	mustRelease(t, l, "")
 }
 
+// vaultCell returns an empty cell of a vault that is given up when the test ends.
+func vaultCell(t *testing.T) *vault.Cell {
+	t.Helper()
+	v, err := vault.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(v.GiveUp)
+	cell, err := v.Take()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cell
+}
+
 // A cell that holds are stored in is emptied when the lost lock is released.
 func TestRegainStored(t *testing.T) {
 	t.Parallel()
 	f := newFiles(t, Config{})
 	f.openat2 = false
 	path := makeFile(t, t.TempDir()+"/disk", "data")
-	v, err := vault.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cell, err := v.Take()
-	if err != nil {
-		t.Fatal(err)
-	}
+	cell := vaultCell(t)
 	l := mustLock(t, f, path, Exclusive, false)
 	hold := vault.Hold{Name: path}
 	if err := l.Store(cell, hold.Record(nil), -1); err != nil {
@@ -136,15 +144,7 @@ func TestStoreFromEmptyCell(t *testing.T) {
 	f := newFiles(t, Config{})
 	f.openat2 = false
 	path := makeFile(t, t.TempDir()+"/disk", "data")
-	v, err := vault.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer v.GiveUp()
-	cell, err := v.Take()
-	if err != nil {
-		t.Fatal(err)
-	}
+	cell := vaultCell(t)
 	l := mustLock(t, f, path, Exclusive, false)
 	vault.At(int(l.fd)).Empty()
 	hold := vault.Hold{Name: path}

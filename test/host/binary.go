@@ -90,7 +90,7 @@ func Main(m *testing.M) {
 	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		panic(err)
 	}
-	if err := startReaper(); err != nil {
+	if err := StartReaper(); err != nil {
 		panic(err)
 	}
 	// These tests wait more than they compute. An explicit -parallel, which is parsed later, has its way.

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"strconv"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,8 +24,8 @@ const reaperFD = 3
 // reaper is the test binary's end, -1 in a program that has none. A message comes with a namespace, or names one that has ended.
 var reaper = -1
 
-// startReaper is called before there are hosts.
-func startReaper() error {
+// StartReaper is called before there are hosts. Main does so; a program that is no test binary can.
+func StartReaper() error {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("socketpair", err)
@@ -44,6 +45,23 @@ func startReaper() error {
 	}
 	reaper = pair[0]
 	return cmd.Process.Release()
+}
+
+// endTime is how long EndAll waits.
+const endTime = 2 * time.Second
+
+// EndAll has the reaper end everything on this program's hosts, and waits for that, but not for what hangs on a disk of this program and ends with
+// it. There can be no more hosts.
+func EndAll() {
+	if unix.Shutdown(reaper, unix.SHUT_WR) != nil {
+		return // there is none
+	}
+	// It says nothing, but closes its end.
+	for fds := []unix.PollFd{{Fd: int32(reaper), Events: unix.POLLIN}}; ; {
+		if _, err := unix.Poll(fds, int(endTime.Milliseconds())); err != unix.EINTR {
+			return
+		}
+	}
 }
 
 // guard tells the reaper of the namespace that the calling thread is in, and returns its number.
