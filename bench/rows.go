@@ -368,7 +368,7 @@ func (b *bench) storm(s *scope) {
 	const clients = 4000
 	b.results.section(others)
 	row := b.results.row(fmt.Sprintf("while %d clients disconnect at once", clients), seconds, atMost(10e-3))
-	b.alternateFew(b.kinds(), b.pick(3, 5), b.pick(1, 5), func(k kind) (v []float64) {
+	b.alternateFew(b.kinds(), b.pick(2, 5), b.pick(1, 5), func(k kind) (v []float64) {
 		s.part(func(s *scope) {
 			t, idle := b.loaded(s, k, false, clients, 0)
 			c := b.workers(t, place{}, 1)[0]
@@ -397,7 +397,7 @@ func (b *bench) hangs(s *scope) {
 		stalls := b.results.row(c.what, seconds, atMost(5e-3))
 		stalls.Note = "C: as long as the disk hangs"
 		long := time.Duration(b.pick(150, 500)) * time.Millisecond
-		b.alternateFew(b.kinds(), b.pick(3, 5), b.pick(1, 5), func(k kind) (v []float64) {
+		b.alternateFew(b.kinds(), b.pick(2, 5), b.pick(1, 5), func(k kind) (v []float64) {
 			s.part(func(s *scope) {
 				t := b.start(s, k, false)
 				if k == bare {
@@ -512,7 +512,7 @@ func (b *bench) deaths(s *scope) {
 		if c.options.Zombie {
 			roundsOfC = b.pick(0, 5) // of 3 s each
 		}
-		b.alternateFew(b.kinds(), b.pick(3, 5), roundsOfC, func(k kind) (v []float64) {
+		b.alternateFew(b.kinds(), b.pick(2, 5), roundsOfC, func(k kind) (v []float64) {
 			s.part(func(s *scope) {
 				t := b.start(s, k, false)
 				probe := b.workers(t, place{}, 1)[0]
